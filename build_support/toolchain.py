@@ -1,0 +1,328 @@
+"""What a build needs and what this machine offers: torch's headers, a C++ compiler, nvcc, GPU architectures.
+
+Every question is answered here, once, as a :class:`Plan`; the PEP 517 hooks (``backend.py``) ask it which
+packages to add to pip's build environment, ``setup.py`` hands it to CMake. Whatever is missing ends in a
+:class:`BuildError` that says what was looked for, what was found and which command mends it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MIN_TORCH = (2, 10)
+TORCH_REQUIREMENT = "torch>=2.10"
+SUPPORTED_CUDA_MAJORS = (12, 13)
+CUDA_OFF_HINT = "RETINANET_EXT_CUDA=0 pip install .   # the CPU operators only"
+
+
+class BuildError(Exception):
+    """A build that cannot work, with the reason and the command that mends it."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """The torch installation to build against."""
+
+    site_packages: Path
+    version: str
+    cuda: str | None  # torch.version.cuda, such as "13.0"; None for a CPU build
+
+    @property
+    def root(self) -> Path:
+        return self.site_packages / "torch"
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    path: Path
+    version: tuple[int, int]
+
+    @property
+    def toolkit(self) -> Path:
+        return self.path.parent.parent
+
+
+@dataclass
+class Plan:
+    """Everything CMake has to know."""
+
+    torch: Torch
+    cxx: str
+    cuda: bool
+    cuda_reason: str
+    nvcc: Nvcc | None = None
+    archs: list[str] = field(default_factory=list)  # CMake's notation, such as "90-real"
+
+    def summary(self) -> str:
+        cuda = f"yes: {self.cuda_reason}" if self.cuda else f"no: {self.cuda_reason}"
+        lines = [
+            "retinanet_ext build",
+            f"  torch headers   {self.torch.version} at {self.torch.root}",
+            f"  C++ compiler    {self.cxx}",
+            f"  CUDA            {cuda}",
+        ]
+        if self.cuda and self.nvcc:
+            lines.append(f"  nvcc            {'.'.join(map(str, self.nvcc.version))} at {self.nvcc.path}")
+            lines.append(f"  architectures   {' '.join(self.archs)}")
+        return "\n".join(lines)
+
+
+def candidate_site_packages() -> list[Path]:
+    """Where the environment that will run the package keeps its packages.
+
+    Inside pip's build isolation ``sys.path`` hides the target environment, but ``sysconfig`` still names it.
+    """
+    places = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    in_venv = sys.prefix != sys.base_prefix
+    if in_venv:
+        config = Path(sys.prefix) / "pyvenv.cfg"
+        text = config.read_text() if config.is_file() else ""
+        if re.search(r"include-system-site-packages\s*=\s*true", text, re.IGNORECASE):
+            base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+            places += [sysconfig.get_path("purelib", vars=base), sysconfig.get_path("platlib", vars=base)]
+            places += [site.getusersitepackages(), *sys.path]
+    else:
+        places += [site.getusersitepackages(), *site.getsitepackages()]
+    places += sys.path  # the build environment itself: torch added by the hook, or no isolation at all
+    return list(dict.fromkeys(Path(place).resolve() for place in places if place))
+
+
+def find_torch() -> Torch | None:
+    """The first torch with headers on the target's path, or None; an outdated one is an error."""
+    for place in candidate_site_packages():
+        version_file = place / "torch" / "version.py"
+        if not version_file.is_file():
+            continue
+        facts: dict[str, object] = {}
+        exec(version_file.read_text(), facts)
+        version = str(facts["__version__"])
+        release = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", version).groups())
+        if release < MIN_TORCH:
+            raise BuildError(
+                f"torch {version} is installed in {place}, and retinanet_ext needs torch 2.10 or newer.\n"
+                'Mend it with:  pip install --upgrade "torch>=2.10"'
+            )
+        if (place / "torch/include/torch/csrc/stable/library.h").is_file():
+            cuda = facts.get("cuda")
+            return Torch(place, version, str(cuda) if cuda else None)
+    return None
+
+
+def find_cxx() -> str:
+    wanted = os.environ.get("CXX")
+    names = [wanted.split()[0]] if wanted else ["c++", "g++", "clang++"]
+    for name in names:
+        path = shutil.which(name)
+        if path:
+            return path
+    looked = f"CXX={wanted}" if wanted else "c++, g++ and clang++ on the PATH"
+    raise BuildError(
+        f"no C++ compiler was found (looked for {looked}).\n"
+        "Mend it with:  apt-get install g++   (Debian, Ubuntu)   or   dnf install gcc-c++   (Fedora, RHEL)"
+    )
+
+
+def check_python_headers() -> None:
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise BuildError(
+            f"Python.h was not found in {sysconfig.get_path('include')}.\n"
+            "Mend it with:  apt-get install python3-dev   (Debian, Ubuntu)   or   dnf install python3-devel"
+        )
+
+
+def cuda_wanted() -> str:
+    value = os.environ.get("RETINANET_EXT_CUDA", "auto").lower()
+    if value not in ("auto", "0", "1"):
+        raise BuildError(f"RETINANET_EXT_CUDA must be auto, 1 or 0, and it is {value!r}.")
+    return value
+
+
+def nvcc_from_pypi() -> Path | None:
+    """nvcc of NVIDIA's PyPI packages, where the build environment holds them."""
+    for place in dict.fromkeys(sys.path):
+        for nvcc in sorted(Path(place or ".").glob("nvidia/cu*/bin/nvcc")):
+            return nvcc.resolve()
+    return None
+
+
+def find_nvcc() -> Nvcc | None:
+    """nvcc by CUDACXX, CUDA_HOME or CUDA_PATH, the PATH, then NVIDIA's PyPI packages."""
+    path: Path | None = None
+    if os.environ.get("CUDACXX"):
+        path = Path(shutil.which(os.environ["CUDACXX"]) or os.environ["CUDACXX"])
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if path is None and os.environ.get(variable):
+            path = Path(os.environ[variable]) / "bin" / "nvcc"
+            if not path.is_file():
+                raise BuildError(
+                    f"{variable}={os.environ[variable]}, and there is no bin/nvcc in it.\n"
+                    f"Mend it with:  {variable}=/path/to/the/cuda/toolkit pip install .   or:  {CUDA_OFF_HINT}"
+                )
+    if path is None:
+        found = shutil.which("nvcc")
+        path = Path(found) if found else nvcc_from_pypi()
+    if path is None:
+        return None
+    try:
+        text = subprocess.run([str(path), "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{path} --version failed: {error}.\nMend the CUDA toolkit, or:  {CUDA_OFF_HINT}") from error
+    version = re.search(r"release (\d+)\.(\d+)", text)
+    if version is None:
+        raise BuildError(f"{path} --version names no release:\n{text}")
+    # A wrapper script on the PATH is followed to the toolkit that it runs.
+    dry = subprocess.run([str(path), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    real = (Path(top.group(1).strip()) / "bin" / "nvcc") if top else path.resolve()
+    return Nvcc(real.resolve() if real.is_file() else path.resolve(), (int(version[1]), int(version[2])))
+
+
+def pypi_compiler(torch_cuda: str) -> list[str]:
+    """NVIDIA's compiler packages for the CUDA version of the target torch; they exist for CUDA 13 only."""
+    names = ["nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime"]
+    return [f"{name}=={torch_cuda}.*" for name in names]
+
+
+def check_nvcc(nvcc: Nvcc, torch: Torch) -> None:
+    have = ".".join(map(str, nvcc.version))
+    if nvcc.version[0] not in SUPPORTED_CUDA_MAJORS:
+        raise BuildError(
+            f"nvcc {have} ({nvcc.path}) is not supported; retinanet_ext builds with CUDA 12 and 13.\n"
+            f"Mend it with:  CUDA_HOME=/path/to/cuda-13 pip install .   or:  {CUDA_OFF_HINT}"
+        )
+    if torch.cuda and nvcc.version[0] != int(torch.cuda.split(".")[0]):
+        major = torch.cuda.split(".")[0]
+        raise BuildError(
+            f"nvcc is of CUDA {have} ({nvcc.path}), and torch {torch.version} is built for CUDA {torch.cuda}; "
+            f"the majors must be equal.\n"
+            f"Mend it with:  CUDA_HOME=/path/to/cuda-{major} pip install .   or:  {CUDA_OFF_HINT}"
+        )
+
+
+def supported_archs(nvcc: Nvcc) -> list[str]:
+    """Compute capabilities this nvcc compiles for, such as ["75", "80", "90"]."""
+    text = subprocess.run([str(nvcc.path), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"compute_(\d+[af]?)", text)
+
+
+def torch_archs(torch: Torch) -> list[str]:
+    """Compute capabilities of the target torch's own kernels; needs no GPU."""
+    code = "import torch; print(torch._C._cuda_getArchFlags() or '')"
+    environment = {**os.environ, "PYTHONPATH": str(torch.site_packages)}
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
+    if run.returncode != 0:
+        raise BuildError(f"torch {torch.version} in {torch.site_packages} does not import:\n{run.stderr}")
+    return re.findall(r"sm_(\d+)", run.stdout)
+
+
+def parse_arch_list(text: str, supported: list[str]) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") in CMake's notation (["80-real", "90"])."""
+    archs = []
+    for entry in re.split(r"[;,\s]+", text.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST holds {entry!r}; entries look like 9.0 or 9.0+PTX.\n"
+                'Mend it with:  TORCH_CUDA_ARCH_LIST="9.0" pip install .'
+            )
+        capability = match[1] + match[2]
+        if capability not in supported:
+            known = ", ".join(f"{arch[:-1]}.{arch[-1]}" for arch in supported if arch.isdigit())
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST holds {entry}, which this nvcc does not compile for (it knows {known}).\n"
+                'Mend it with:  TORCH_CUDA_ARCH_LIST="9.0" pip install .   (or leave it unset)'
+            )
+        archs.append(capability + match[3] + ("" if match[4] else "-real"))
+    return archs
+
+
+def choose_archs(torch: Torch, nvcc: Nvcc) -> list[str]:
+    supported = supported_archs(nvcc)
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if listed and listed.strip():
+        return parse_arch_list(listed, supported)
+    if not torch.cuda:
+        raise BuildError(
+            f"RETINANET_EXT_CUDA=1 with torch {torch.version}, a CPU build, which names no GPU architectures.\n"
+            'Mend it with:  RETINANET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="9.0" pip install .'
+        )
+    archs = [arch for arch in torch_archs(torch) if arch in supported]
+    if not archs:
+        raise BuildError(
+            f"none of torch's GPU architectures is one that nvcc at {nvcc.path} compiles for.\n"
+            f'Mend it with:  TORCH_CUDA_ARCH_LIST="9.0" pip install .   or:  {CUDA_OFF_HINT}'
+        )
+    # Machine code for each, and PTX for the newest, which later GPUs compile at load.
+    archs.sort(key=int)
+    return [f"{arch}-real" for arch in archs[:-1]] + [archs[-1]]
+
+
+def decide_cuda(torch: Torch) -> tuple[bool, str]:
+    wanted = cuda_wanted()
+    if wanted == "0":
+        return False, "RETINANET_EXT_CUDA=0"
+    if wanted == "1":
+        return True, "RETINANET_EXT_CUDA=1"
+    if torch.cuda:
+        return True, f"torch {torch.version} is built for CUDA {torch.cuda}"
+    return False, f"torch {torch.version} is a CPU build (RETINANET_EXT_CUDA=1 compiles the CUDA part all the same)"
+
+
+def no_compiler_error(torch: Torch) -> BuildError:
+    wanted = "13.0" if torch.cuda is None else torch.cuda
+    usual = Path("/usr/local/cuda")
+    place = str(usual) if (usual / "bin/nvcc").is_file() else "/path/to/the/cuda/toolkit"
+    return BuildError(
+        "the CUDA part is wanted and no nvcc was found (looked at CUDACXX, CUDA_HOME, CUDA_PATH and the PATH; "
+        "NVIDIA's compiler on PyPI serves builds against a torch for CUDA 13).\n"
+        f"Mend it with a CUDA {wanted} toolkit and:  CUDA_HOME={place} pip install .   or:  {CUDA_OFF_HINT}"
+    )
+
+
+def missing_requirements() -> list[str]:
+    """Packages that pip must add to the build environment; every error that can be known by now is raised."""
+    find_cxx()
+    check_python_headers()
+    cuda_wanted()
+    torch = find_torch()
+    if torch is None:
+        return [TORCH_REQUIREMENT]
+    if not decide_cuda(torch)[0]:
+        return []
+    nvcc = find_nvcc()
+    if nvcc is not None:
+        check_nvcc(nvcc, torch)
+        choose_archs(torch, nvcc)
+        return []
+    if torch.cuda is None or not torch.cuda.startswith("13."):
+        raise no_compiler_error(torch)
+    return pypi_compiler(torch.cuda)
+
+
+def make_plan() -> Plan:
+    """Decide the whole build; called once the build environment is complete."""
+    cxx = find_cxx()
+    check_python_headers()
+    torch = find_torch()
+    if torch is None:
+        raise BuildError(
+            "torch was not found in this environment.\n"
+            'Mend it with:  pip install "torch>=2.10"   (or build without --no-build-isolation)'
+        )
+    cuda, reason = decide_cuda(torch)
+    plan = Plan(torch=torch, cxx=cxx, cuda=cuda, cuda_reason=reason)
+    if cuda:
+        plan.nvcc = find_nvcc()
+        if plan.nvcc is None:
+            raise no_compiler_error(torch)
+        check_nvcc(plan.nvcc, torch)
+        plan.archs = choose_archs(torch, plan.nvcc)
+    return plan

@@ -1,0 +1,244 @@
+// Sigmoid focal loss on CUDA: launchers and operators around focal_loss_kernel.cuh.
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/launch.cuh"
+#include "focal_loss/focal_loss_args.h"
+#include "focal_loss/focal_loss_kernel.cuh"
+
+namespace retinanet_ext {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kMaxTileElements = 1 << 30;  // tile-relative offsets are 32-bit
+
+template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
+int launch_index(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
+  constexpr int kWidth = kVectorWidth<In>;
+  constexpr int kTileElements = kFocalVectorsPerThread * kFocalThreads * kWidth;
+  const int whole = kTileElements / args.classes / kWidth * kWidth;
+  args.rows_per_tile = std::max(whole, kWidth);
+  args.tiles = (args.rows + args.rows_per_tile - 1) / args.rows_per_tile;
+  const auto kernel = focal_index_kernel<In, kTask, kGamma, kByColumn>;
+  const int blocks = scope.blocks_for(kernel, kFocalThreads, args.tiles);
+  kernel<<<blocks, kFocalThreads, 0, scope.stream()>>>(args);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return blocks;
+}
+
+template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
+int launch_soft(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
+  constexpr int kWidth = kVectorWidth<In>;
+  args.rows_per_tile = kFocalVectorsPerThread * kFocalThreads;
+  const int64_t vectors = (args.rows * args.classes + kWidth - 1) / kWidth;
+  args.tiles = (vectors + args.rows_per_tile - 1) / args.rows_per_tile;
+  const auto kernel = focal_soft_kernel<In, kTask, kGamma, kByColumn>;
+  const int blocks = scope.blocks_for(kernel, kFocalThreads, args.tiles);
+  kernel<<<blocks, kFocalThreads, 0, scope.stream()>>>(args);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return blocks;
+}
+
+// Grids never exceed this; the sum's workspace is sized by it before the grid is known.
+int64_t max_blocks(const CudaScope& scope) {
+  constexpr int kMaxResidentThreads = 2048;
+  return static_cast<int64_t>(scope.multiprocessors()) * (kMaxResidentThreads / kFocalThreads);
+}
+
+// Chooses the kernel: float64 has one general variant; others one for gamma = 2, one for any gamma, and one for
+// smoothing or alpha by class. Returns the number of blocks launched.
+template <typename In, FocalTask kTask>
+int launch(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args, bool soft) {
+  using T = compute_t<In>;
+  const bool by_column = args.class_alpha != nullptr || args.half_smoothing != T(0);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (!by_column && args.gamma == T(2)) {
+      return soft ? launch_soft<In, kTask, Gamma::kTwo, false>(scope, args)
+                  : launch_index<In, kTask, Gamma::kTwo, false>(scope, args);
+    }
+  }
+  if (!by_column) {
+    return soft ? launch_soft<In, kTask, Gamma::kAny, false>(scope, args)
+                : launch_index<In, kTask, Gamma::kAny, false>(scope, args);
+  }
+  return soft ? launch_soft<In, kTask, Gamma::kAny, true>(scope, args)
+              : launch_index<In, kTask, Gamma::kAny, true>(scope, args);
+}
+
+// A tensor the vector loads can read: contiguous from a 16-byte boundary on.
+Tensor readable(const Tensor& tensor) {
+  const Tensor packed = torch::stable::contiguous(tensor);
+  return is_vector_aligned(packed.const_data_ptr()) ? packed : torch::stable::clone(packed);
+}
+
+struct Prepared {
+  Tensor inputs;
+  Tensor targets;
+};
+
+Prepared prepare_tensors(const FocalLossArgs& args, bool keep_layout) {
+  // With one shared dense layout memory order does for both; a misaligned start still needs a copy, which clone makes
+  // in the same layout.
+  const auto as_is = [](const Tensor& tensor) {
+    return is_vector_aligned(tensor.const_data_ptr()) ? tensor : torch::stable::clone(tensor);
+  };
+  if (keep_layout) return {as_is(args.inputs), as_is(args.targets)};
+  return {readable(args.inputs), args.soft() ? readable(args.targets) : torch::stable::contiguous(args.targets)};
+}
+
+template <typename T>
+FocalKernelArgs<T> kernel_args(const FocalLossArgs& args, const Prepared& prepared) {
+  require(args.num_classes() <= kMaxTileElements / 8, "sigmoid_focal_loss: inputs must have at most ",
+          kMaxTileElements / 8, " classes on CUDA, and have ", args.num_classes());
+  FocalKernelArgs<T> kernel = {};
+  const ScalarType type = prepared.inputs.scalar_type();
+  const ScalarType target_type = prepared.targets.scalar_type();
+  kernel.inputs = prepared.inputs.const_data_ptr();
+  kernel.targets = prepared.targets.const_data_ptr();
+  kernel.wide_targets = args.soft() ? target_type != type : target_type == ScalarType::Long;
+  kernel.rows = args.num_rows();
+  kernel.classes = static_cast<int>(args.num_classes());
+  kernel.gamma = static_cast<T>(args.gamma);
+  const bool balanced = args.balanced() && !args.class_alpha.has_value();
+  kernel.alpha_positive = balanced ? static_cast<T>(args.alpha) : T(1);
+  kernel.alpha_negative = balanced ? static_cast<T>(1 - args.alpha) : T(1);
+  kernel.half_smoothing = static_cast<T>(args.label_smoothing / 2);
+  if (args.class_alpha.has_value()) kernel.class_alpha = static_cast<const T*>(args.class_alpha->const_data_ptr());
+  if (args.weight.has_value()) kernel.weight = static_cast<const T*>(args.weight->const_data_ptr());
+  kernel.ignore_index = args.ignore_index;
+  kernel.mean = args.reduction == Reduction::kMean;
+  return kernel;
+}
+
+bool shares_layout(const FocalLossArgs& args, const Tensor& other) {
+  return args.soft() && !args.class_alpha.has_value() && share_layout(args.inputs, args.targets) &&
+         same_strides(args.inputs, other);
+}
+
+template <typename In>
+Tensor forward(const FocalLossArgs& args, bool float32_loss) {
+  using T = compute_t<In>;
+  const CudaScope scope(args.inputs);
+  const ScalarType type = args.inputs.scalar_type();
+  if (args.reduction == Reduction::kNone) {
+    const bool widen = float32_loss && is_half(type);
+    const bool keep_layout = !widen && shares_layout(args, args.inputs);
+    Tensor loss = keep_layout ? torch::stable::empty_like(args.inputs)
+                              : torch::stable::new_empty(args.inputs, args.inputs.sizes(),
+                                                         widen ? ScalarType::Float : type);
+    if (args.inputs.numel() == 0) return loss;
+    const Prepared prepared = prepare_tensors(args, keep_layout);
+    FocalKernelArgs<T> kernel = kernel_args<T>(args, prepared);
+    kernel.result = loss.mutable_data_ptr();
+    kernel.wide_result = widen;
+    launch<In, FocalTask::kLoss>(scope, kernel, args.soft());
+    return loss;
+  }
+  Tensor loss = empty_scalar(args.inputs, compute_type(type));
+  T* result = static_cast<T*>(loss.mutable_data_ptr());
+  const int64_t capacity = max_blocks(scope);
+  const Tensor block_sums = torch::stable::new_empty(args.inputs, {capacity}, ScalarType::Double);
+  const Tensor block_ignored = torch::stable::new_empty(args.inputs, {capacity}, ScalarType::Long);
+  double* sums = static_cast<double*>(block_sums.mutable_data_ptr());
+  const bool counts = args.reduction == Reduction::kMean && !args.soft();
+  int64_t* ignored = counts ? static_cast<int64_t*>(block_ignored.mutable_data_ptr()) : nullptr;
+  int blocks = 0;
+  if (args.inputs.numel() > 0) {
+    const Prepared prepared = prepare_tensors(args, shares_layout(args, args.inputs));
+    FocalKernelArgs<T> kernel = kernel_args<T>(args, prepared);
+    kernel.block_sums = sums;
+    kernel.block_ignored = ignored;
+    blocks = launch<In, FocalTask::kSum>(scope, kernel, args.soft());
+  }
+  focal_finish_kernel<T><<<1, kFocalThreads, 0, scope.stream()>>>(sums, ignored, blocks,
+                                                                 args.reduction == Reduction::kMean, args.num_rows(),
+                                                                 static_cast<int>(args.num_classes()), result);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return loss;
+}
+
+void count_ignored(const CudaScope& scope, const FocalLossArgs& args, const Tensor& targets, const Tensor& ignored) {
+  const int64_t rows = args.num_rows();
+  const int64_t blocks_needed = (rows + kFocalThreads - 1) / kFocalThreads;
+  const int blocks = static_cast<int>(std::min(blocks_needed, max_blocks(scope)));
+  auto* count = static_cast<unsigned long long*>(ignored.mutable_data_ptr());
+  if (targets.scalar_type() == ScalarType::Long) {
+    count_ignored_kernel<<<blocks, kFocalThreads, 0, scope.stream()>>>(
+        static_cast<const int64_t*>(targets.const_data_ptr()), rows, args.ignore_index, count);
+  } else {
+    count_ignored_kernel<<<blocks, kFocalThreads, 0, scope.stream()>>>(
+        static_cast<const int32_t*>(targets.const_data_ptr()), rows, args.ignore_index, count);
+  }
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename In>
+Tensor backward(const FocalLossArgs& args, const Tensor& grad) {
+  using T = compute_t<In>;
+  const CudaScope scope(args.inputs);
+  const bool scalar_grad = args.reduction != Reduction::kNone || (grad.numel() > 0 && is_expanded_scalar(grad));
+  const bool keep_layout = shares_layout(args, scalar_grad ? args.inputs : grad);
+  Tensor grad_inputs = keep_layout ? torch::stable::empty_like(args.inputs)
+                                   : torch::stable::new_empty(args.inputs, args.inputs.sizes());
+  if (args.inputs.numel() == 0) return grad_inputs;
+  const Prepared prepared = prepare_tensors(args, keep_layout);
+  const Tensor upstream = scalar_grad ? grad
+                          : keep_layout && is_vector_aligned(grad.const_data_ptr()) ? grad
+                          : keep_layout ? torch::stable::clone(grad)
+                                        : readable(grad);
+  FocalKernelArgs<T> kernel = kernel_args<T>(args, prepared);
+  kernel.result = grad_inputs.mutable_data_ptr();
+  kernel.grad = upstream.const_data_ptr();
+  kernel.wide_grad = upstream.scalar_type() != args.inputs.scalar_type();
+  kernel.scalar_grad = scalar_grad;
+  std::optional<Tensor> ignored;
+  if (kernel.mean && !args.soft()) {
+    ignored = torch::stable::new_zeros(args.inputs, {1}, ScalarType::Long);
+    count_ignored(scope, args, prepared.targets, *ignored);
+    kernel.ignored = static_cast<const int64_t*>(ignored->const_data_ptr());
+  }
+  launch<In, FocalTask::kGradient>(scope, kernel, args.soft());
+  return grad_inputs;
+}
+
+// Calls f with a value of the storage type of `type`.
+template <typename F>
+Tensor with_storage_type(ScalarType type, F&& f) {
+  switch (type) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(Float16{});
+    default:
+      return f(BFloat16{});
+  }
+}
+
+Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& class_alpha, double alpha, double gamma,
+                               double label_smoothing, int64_t ignore_index, int64_t reduction, bool float32_loss) {
+  const FocalLossArgs args = make_focal_loss_args(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing,
+                                                  ignore_index, reduction);
+  return with_storage_type(inputs.scalar_type(),
+                           [&](auto storage) { return forward<decltype(storage)>(args, float32_loss); });
+}
+
+Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& inputs, const Tensor& targets,
+                                        const std::optional<Tensor>& weight, const std::optional<Tensor>& class_alpha,
+                                        double alpha, double gamma, double label_smoothing, int64_t ignore_index,
+                                        int64_t reduction) {
+  const FocalLossArgs args = make_focal_loss_args(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing,
+                                                  ignore_index, reduction);
+  check_grad(args, grad);
+  return with_storage_type(inputs.scalar_type(), [&](auto storage) { return backward<decltype(storage)>(args, grad); });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(retinanet_ext, CUDA, m) {
+  m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss_cuda));
+  m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward_cuda));
+}
+
+}  // namespace
+}  // namespace retinanet_ext
