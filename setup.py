@@ -40,8 +40,6 @@ class CMakeBuild(build_ext):
             print(plan.summary(), flush=True)
             in_place = self.inplace or self.editable_mode
             package = (ROOT if in_place else Path(self.build_lib)) / "retinanet_ext"
-            for product in PRODUCTS:
-                (package / product).unlink(missing_ok=True)
             if in_place:
                 self.build(plan, ROOT / "build" / "editable", package)
             else:
@@ -63,7 +61,7 @@ class CMakeBuild(build_ext):
             f"-DRETINANET_EXT_TORCH={plan.torch.root}",
             f"-DRETINANET_EXT_PYTHON_INCLUDE={sysconfig.get_path('include')}",
             f"-DRETINANET_EXT_CUDA={'ON' if plan.cuda else 'OFF'}",
-            f"-DCMAKE_INSTALL_PREFIX={package}",
+            f"-DCMAKE_INSTALL_PREFIX={build_folder / 'products'}",
         ]
         environment = dict(os.environ)
         if plan.nvcc is not None:
@@ -74,6 +72,7 @@ class CMakeBuild(build_ext):
             paths = [str(plan.nvcc.toolkit / "lib"), environment.get("LIBRARY_PATH", "")]
             environment["LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
 
+        shutil.rmtree(build_folder / "products", ignore_errors=True)
         # A folder configured otherwise (another torch, another compiler) is of no use to this build.
         stamp = build_folder / "configuration.json"
         if build_folder.exists() and (not stamp.is_file() or json.loads(stamp.read_text()) != configure):
@@ -88,7 +87,9 @@ class CMakeBuild(build_ext):
         ):
             if subprocess.run(command, env=environment).returncode != 0:
                 raise toolchain.BuildError(f"this command failed, with its own message above:\n  {' '.join(command)}")
-        (package / "_build_info.json").write_text(json.dumps(build_info(plan, self.distribution), indent=2) + "\n")
+        products = build_folder / "products"
+        (products / "_build_info.json").write_text(json.dumps(build_info(plan, self.distribution), indent=2) + "\n")
+        install_products(products, package)
 
     def get_source_files(self) -> list[str]:
         return []  # MANIFEST.in lists the sources
@@ -96,6 +97,19 @@ class CMakeBuild(build_ext):
     def get_outputs(self) -> list[str]:
         folder = Path(self.build_lib) / "retinanet_ext"
         return [str(folder / name) for name in PRODUCTS if (folder / name).exists()]
+
+
+def install_products(products: Path, package: Path) -> None:
+    """Moves what was built into the package, file by file, and removes what an earlier build left there."""
+    package.mkdir(parents=True, exist_ok=True)
+    for name in PRODUCTS:
+        if (products / name).exists():
+            # Under a new name first: a running program keeps the library that it has loaded.
+            fresh = package / f".{name}.new"
+            shutil.copy2(products / name, fresh)
+            os.replace(fresh, package / name)
+        else:
+            (package / name).unlink(missing_ok=True)
 
 
 def build_info(plan: toolchain.Plan, distribution) -> dict[str, object]:

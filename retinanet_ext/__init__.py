@@ -1,5 +1,6 @@
 """Fast operators for dense object detection in PyTorch, and a thin RetinaNet on top of them."""
 
+from . import reference
 from ._load import build_info
 from .ops import (
     assign_targets,
@@ -31,5 +32,6 @@ __all__ = [
     "match_anchors",
     "multilevel_focal_loss",
     "nms",
+    "reference",
     "sigmoid_focal_loss",
 ]

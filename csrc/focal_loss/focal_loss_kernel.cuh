@@ -22,7 +22,9 @@ namespace retinanet_ext {
 
 constexpr int kFocalThreads = 256;
 constexpr int kFocalVectorsPerThread = 4;
-constexpr int kFocalMinBlocks = 4;
+// Resident blocks a multiprocessor: 64 registers a thread; float64, which is not built for speed, takes 128.
+template <typename In>
+constexpr int kFocalMinBlocks = sizeof(In) == sizeof(double) ? 2 : 4;
 constexpr int kWarpSize = 32;
 constexpr int kFocalWarps = kFocalThreads / kWarpSize;
 static_assert(kFocalThreads % kWarpSize == 0 && kFocalWarps <= kWarpSize);
@@ -145,7 +147,10 @@ __device__ __forceinline__ void read_values(const void* base, int64_t offset, in
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) values[i] = T(load_value(vector.values[i]));
   } else {
-    for (int i = 0; i < count; ++i) values[i] = T(load_value(source[i]));
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (i < count) values[i] = T(load_value(source[i]));
+    }
   }
 }
 
@@ -158,7 +163,10 @@ __device__ __forceinline__ void write_values(void* base, int64_t offset, int cou
     for (int i = 0; i < kWidth; ++i) store_value(values[i], vector.values[i]);
     store_vector(target, vector);
   } else {
-    for (int i = 0; i < count; ++i) store_value(values[i], target[i]);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (i < count) store_value(values[i], target[i]);
+    }
   }
 }
 
@@ -175,7 +183,7 @@ __device__ __forceinline__ void finish_vector(const FocalKernelArgs<T>& args, T 
     return;
   }
   if (kTask == FocalTask::kGradient && !args.scalar_grad) {
-    T grad[kWidth];
+    T grad[kWidth] = {};
     if (args.wide_grad) {
       read_values<T>(args.grad, offset, count, grad);
     } else {
@@ -216,7 +224,7 @@ __device__ __forceinline__ double block_sum(double value, double* shared) {
 
 // Class indices. In: storage type of the logits.
 template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
-__global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks)
+__global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
     focal_index_kernel(const FocalKernelArgs<compute_t<In>> args) {
   using T = compute_t<In>;
   constexpr int kWidth = kVectorWidth<In>;
@@ -300,7 +308,8 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks)
 
 // Soft targets, elementwise; a tile is `rows_per_tile` vectors here, and `tiles` covers rows * classes elements.
 template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
-__global__ void __launch_bounds__(kFocalThreads) focal_soft_kernel(const FocalKernelArgs<compute_t<In>> args) {
+__global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
+    focal_soft_kernel(const FocalKernelArgs<compute_t<In>> args) {
   using T = compute_t<In>;
   constexpr int kWidth = kVectorWidth<In>;
   __shared__ double shared[kFocalWarps];

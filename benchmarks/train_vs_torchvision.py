@@ -1,0 +1,235 @@
+"""Train this library's RetinaNet and torchvision's on the same data set, in turns, and compare AP and speed.
+
+    python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --epochs 10
+
+Both get ResNet-18 with trainable BatchNorm, the same anchors, the same initial weights (unless
+--own-weights), the same loader, order, flips, optimizer and schedule, and are scored by the same code. They
+train an epoch each in turn, the first one alternating, so that whatever else the machine does falls on both
+alike. Seconds a step are medians over the steps; data loading counts for both.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+import retinanet_ext
+from retinanet_ext.data import (
+    Compose,
+    DetectionDataset,
+    RandomHorizontalFlip,
+    RandomVerticalFlip,
+    make_loader,
+    open_dataset,
+)
+from retinanet_ext.engine.checkpoint import build_model
+from retinanet_ext.engine.config import octaves
+from retinanet_ext.engine.evaluate import Evaluation, evaluate, format_metrics
+from retinanet_ext.engine.loop import StepRecord, train_steps
+from retinanet_ext.engine.schedule import make_optimizer, make_scheduler
+
+
+@dataclass
+class Contestant:
+    """One model with its own loader, optimizer and schedule, and what it did so far."""
+
+    name: str
+    model: nn.Module
+    loader: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    records: list[StepRecord] = field(default_factory=list)
+    result: Evaluation | None = None
+
+    def train_epoch(self, epoch: int, total_steps: int, device: torch.device) -> None:
+        """Train one epoch, or what is left of `total_steps`."""
+        self.loader.set_epoch(epoch)
+        left = total_steps - len(self.records)
+        batches = (batch for _, batch in zip(range(left), self.loader, strict=False))
+        self.records.extend(
+            train_steps(
+                self.model, batches, self.optimizer, self.scheduler, device, first_step=len(self.records)
+            )
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """AP, AP50, steps and times of this contestant."""
+        seconds = [record.seconds for record in self.records]
+        return {
+            **{key: round(value, 4) for key, value in self.result.metrics.items()},
+            "per_class_AP": {row["class"]: round(row["AP"], 4) for row in self.result.per_class},
+            "steps": len(self.records),
+            "seconds_per_step_median": round(statistics.median(seconds), 4),
+            "seconds_per_step_mean": round(statistics.fmean(seconds), 4),
+            "train_seconds": round(sum(seconds), 1),
+            "predict_seconds_per_image": round(self.result.seconds / self.result.images, 4),
+            "first_losses": [round(r.total, 5) for r in self.records[:3]],
+            "last_epoch_loss": round(statistics.fmean(r.total for r in self.records[-len(self.loader) :]), 4),
+        }
+
+
+def torchvision_model(
+    num_classes: int, min_size: int, max_size: int, anchor_sizes: list[list[int]]
+) -> nn.Module:
+    """torchvision's RetinaNet with ResNet-18 and trainable BatchNorm, random weights."""
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        norm_layer=nn.BatchNorm2d,
+        trainable_layers=5,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    anchors = AnchorGenerator(tuple(map(tuple, anchor_sizes)), ((0.5, 1.0, 2.0),) * 5)
+    return TorchvisionRetinaNet(
+        backbone, num_classes, min_size=min_size, max_size=max_size, anchor_generator=anchors
+    )
+
+
+def make_contestants(
+    arguments: argparse.Namespace, train_set: DetectionDataset, total_steps: int, device: torch.device
+) -> list[Contestant]:
+    """Ours first, torchvision's second, with the same weights unless told otherwise."""
+    anchor_sizes = octaves(arguments.anchor_sizes)
+    num_classes = len(train_set.class_names)
+    torch.manual_seed(arguments.seed)
+    theirs = torchvision_model(num_classes, arguments.min_size, arguments.max_size, anchor_sizes)
+    torch.manual_seed(arguments.seed)
+    ours = build_model(
+        {
+            "arch": "resnet18",
+            "num_classes": num_classes,
+            "min_size": arguments.min_size,
+            "max_size": arguments.max_size,
+            "anchor_sizes": anchor_sizes,
+        }
+    )
+    if not arguments.own_weights:
+        ours.load_state_dict(theirs.state_dict())
+    contestants = []
+    for name, model in (("retinanet_ext", ours), ("torchvision", theirs)):
+        model.to(device)
+        if arguments.channels_last:
+            model.to(memory_format=torch.channels_last)
+        loader = make_loader(
+            train_set,
+            arguments.batch_size,
+            train=True,
+            transform=Compose([RandomHorizontalFlip(), RandomVerticalFlip()]),
+            seed=arguments.seed,
+        )
+        optimizer = make_optimizer(model, "adamw", arguments.lr)
+        scheduler = make_scheduler(optimizer, total_steps, arguments.warmup_steps, "cosine")
+        contestants.append(Contestant(name, model, loader, optimizer, scheduler))
+    return contestants
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", required=True, help="a VOC folder, or a COCO set, with splits train and val"
+    )
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--steps", type=int, help="stop after so many steps (default: all of the epochs)")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--warmup-steps", type=int, default=50)
+    parser.add_argument("--min-size", type=int, default=240)
+    parser.add_argument("--max-size", type=int, default=320)
+    parser.add_argument("--anchor-sizes", type=float, nargs=5, default=[16, 32, 64, 128, 256])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--own-weights", action="store_true", help="each model starts from its own random weights"
+    )
+    parser.add_argument("--channels-last", action="store_true", help="channels_last weights for both")
+    parser.add_argument("--output", type=Path, help="also write the json here")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    train_set = open_dataset(arguments.data, "train")
+    val_set = open_dataset(arguments.data, "val", class_names=train_set.class_names)
+    steps_per_epoch = max(1, len(train_set) // arguments.batch_size)
+    total_steps = arguments.steps or steps_per_epoch * arguments.epochs
+    contestants = make_contestants(arguments, train_set, total_steps, device)
+    start = time.perf_counter()
+    for epoch in range(-(-total_steps // steps_per_epoch)):
+        for contestant in contestants if epoch % 2 == 0 else contestants[::-1]:
+            contestant.train_epoch(epoch, total_steps, device)
+        print(
+            f"epoch {epoch + 1}  "
+            + "  ".join(
+                f"{c.name} loss {statistics.fmean(r.total for r in c.records[-steps_per_epoch:]):.4f} "
+                f"{statistics.median(r.seconds for r in c.records[-steps_per_epoch:]):.3f} s/step"
+                for c in contestants
+            )
+            + f"  ({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+    for contestant in contestants:
+        contestant.result = evaluate(contestant.model, val_set, device=device)
+        print(f"{contestant.name}\n{format_metrics(contestant.result)}")
+    report = {
+        "recipe": {
+            key: value for key, value in vars(arguments).items() if key not in ("data", "output", "threads")
+        },
+        "data": {
+            "train_images": len(train_set),
+            "val_images": len(val_set),
+            "classes": train_set.class_names,
+        },
+        **{contestant.name: contestant.summary() for contestant in contestants},
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "retinanet_ext": retinanet_ext.__version__,
+        },
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

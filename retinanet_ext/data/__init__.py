@@ -1,0 +1,31 @@
+"""Data sets for detection: readers (COCO json, Pascal VOC folders), flips, loaders, and a generated set of
+shapes."""
+
+from .coco import CocoDataset
+from .dataset import DatasetError, DetectionDataset, ImageRecord, Problem, UnreadableImageError, summarise
+from .loader import Batch, EpochShuffle, SampleView, make_loader
+from .open import open_dataset
+from .shapes import generate_shapes
+from .transforms import Compose, RandomHorizontalFlip, RandomVerticalFlip, sample_rng
+from .voc import VocDataset
+
+__all__ = [
+    "Batch",
+    "CocoDataset",
+    "Compose",
+    "DatasetError",
+    "DetectionDataset",
+    "EpochShuffle",
+    "ImageRecord",
+    "Problem",
+    "RandomHorizontalFlip",
+    "RandomVerticalFlip",
+    "SampleView",
+    "UnreadableImageError",
+    "VocDataset",
+    "generate_shapes",
+    "make_loader",
+    "open_dataset",
+    "sample_rng",
+    "summarise",
+]

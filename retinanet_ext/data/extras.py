@@ -1,0 +1,30 @@
+"""The optional packages behind data, training and plots, imported at the moment they are needed."""
+
+import importlib
+from types import ModuleType
+
+_PACKAGES = {"PIL": "Pillow", "pycocotools": "pycocotools", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+
+
+class MissingExtraError(ImportError):
+    """A package of the `train` extra is not installed."""
+
+
+def require(module: str) -> ModuleType:
+    """Import `module` (for example "PIL.Image"), or raise MissingExtraError with the command that installs
+    it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = _PACKAGES.get(module.split(".")[0], module)
+        raise MissingExtraError(
+            f"{package} is needed here and could not be imported ({error}). "
+            'Install it with: pip install "retinanet-ext[train]"'
+        ) from error
+
+
+def require_all(*modules: str) -> None:
+    """Import every module of `modules` now, so that a missing one is named before hours of work and not
+    after."""
+    for module in modules:
+        require(module)

@@ -1,0 +1,63 @@
+"""One argument for any data set: which reader, which files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .coco import CocoDataset
+from .dataset import DatasetError, DetectionDataset
+from .voc import VocDataset
+
+
+def open_dataset(
+    source: str | Path,
+    split: str = "train",
+    *,
+    images: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    verify: str = "header",
+) -> DetectionDataset:
+    """Open a data set, whatever its form.
+
+    `source` is one of
+    - a Pascal VOC folder (with `Annotations` and `ImageSets/Main/SPLIT.txt`),
+    - a COCO json file; its images lie in `images`, or beside it (see below),
+    - a folder with `annotations/SPLIT.json`, `annotations/instances_SPLIT.json` or `..._SPLIT2017.json`.
+    Without `images`, the image folder of a json is the first of `SPLIT`, `images/SPLIT`, `SPLIT2017`,
+    `images`, in the json's folder or the one above, that exists; the json's own folder otherwise.
+
+    Raises DatasetError where `source` is none of these.
+    """
+    source = Path(source)
+    if source.is_file():
+        return CocoDataset(
+            source,
+            images or _guess_images(source, split),
+            class_names=class_names,
+            verify=verify,
+        )
+    if not source.exists():
+        raise DatasetError(f"{source}: no such file or folder")
+    if (source / "ImageSets" / "Main").is_dir():
+        return VocDataset(source, split, class_names=class_names, verify=verify)
+    names = (f"{split}.json", f"instances_{split}.json", f"instances_{split}2017.json")
+    for name in names:
+        json_file = source / "annotations" / name
+        if json_file.is_file():
+            return CocoDataset(
+                json_file,
+                images or _guess_images(json_file, split),
+                class_names=class_names,
+                verify=verify,
+            )
+    raise DatasetError(
+        f"{source}: not a data set: expected a COCO json file, a folder with annotations/{names[0]} "
+        f"(or {names[1]}), or a VOC folder with ImageSets/Main/{split}.txt"
+    )
+
+
+def _guess_images(json_file: Path, split: str) -> Path:
+    for base in (json_file.parent, json_file.parent.parent):
+        for name in (split, f"images/{split}", f"{split}2017", "images"):
+            if (base / name).is_dir():
+                return base / name
+    return json_file.parent

@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction: what the command `retinanet-ext` runs, callable from Python."""

@@ -1,0 +1,186 @@
+"""Checkpoints: one file that holds all a run needs to go on, or a model needs to be used.
+
+The file is what `torch.save` writes of a dictionary of tensors, numbers, strings and lists, so it loads with
+`weights_only=True`: no code in it runs. It is written to a temporary file beside its place, flushed to the
+disk and renamed, so a crash at any moment leaves the old file or the new one, never half of one.
+"""
+
+import os
+import pickle
+import random
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+FORMAT = "retinanet_ext.checkpoint"
+VERSION = 1
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+class CheckpointError(ValueError):
+    """A file that is not a whole checkpoint of this library."""
+
+
+def build_model(config: dict[str, Any]) -> nn.Module:
+    """The RetinaNet of a model configuration: `arch`, and the keyword arguments of its builder.
+
+    Raises ValueError for an unknown `arch` or an argument the builder refuses.
+    """
+    from retinanet_ext import models
+
+    arguments = dict(config)
+    arch = arguments.pop("arch", None)
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+    for name in ("anchor_sizes", "aspect_ratios", "image_mean", "image_std"):
+        if isinstance(arguments.get(name), Sequence):
+            arguments[name] = _tuples(arguments[name])
+    return getattr(models, f"retinanet_{arch}_fpn")(**arguments)
+
+
+def write_atomically(path: str | Path, write) -> None:
+    """Call `write(stream)` on a temporary binary file beside `path`, flush it to the disk, and rename it to
+    `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):
+        # The rename itself reaches the disk with the folder.
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    model_config: dict[str, Any],
+    class_names: Sequence[str],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    epoch: int = 0,
+    step: int = 0,
+    best: float | None = None,
+    args: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint to `path`, atomically.
+
+    `model_config`: what `build_model` takes. `epoch`: finished epochs; `step`: finished optimizer steps;
+    `best`: the best validation AP so far. Without `optimizer` the file holds a model to use, not a run to go
+    on with.
+    """
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "torch": str(torch.__version__),
+        "model": model.state_dict(),
+        "model_config": model_config,
+        "class_names": list(class_names),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "rng": rng_state(),
+        "epoch": epoch,
+        "step": step,
+        "best": best,
+        "args": args,
+    }
+    write_atomically(path, lambda stream: torch.save(content, stream))
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint: the dictionary `save_checkpoint` wrote.
+
+    Raises FileNotFoundError, or CheckpointError where the file is cut short, is something else, or comes from
+    a later version of the format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path}: not a checkpoint, or one that was cut short ({path.stat().st_size} bytes): expected "
+            "the file that retinanet-ext train writes to weights/"
+        )
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"{path}: not a checkpoint of retinanet_ext (it holds {held}). A bare state dict goes into a "
+            "model with model.load_state_dict()"
+        )
+    if content["version"] > VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {content['version']}, and this retinanet_ext reads up to {VERSION}: "
+            "update retinanet_ext"
+        )
+    return content
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", **changes: Any
+) -> tuple[nn.Module, list[str], dict[str, Any]]:
+    """A model ready to predict, its class names, and the checkpoint it came from.
+
+    `changes` replace entries of the model configuration, for instance `score_thresh=0.01`.
+    """
+    checkpoint = load_checkpoint(path)
+    model = build_model({**checkpoint["model_config"], **changes})
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the weights do not fit the model they name: {error}") from error
+    return model.to(device).eval(), checkpoint["class_names"], checkpoint
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of the generators of torch (CPU and every CUDA device), NumPy and Python."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [
+            kind,
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "python": [version, list(words), gauss],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned; CUDA states only where there are as many devices as then."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value

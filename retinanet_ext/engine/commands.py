@@ -1,0 +1,168 @@
+"""What the commands of `retinanet-ext` do with their arguments; each returns the exit status."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from retinanet_ext.data import open_dataset
+from retinanet_ext.data.extras import require, require_all
+
+from . import demo
+from .checkpoint import load_model
+from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers, resume_config
+from .evaluate import evaluate, format_metrics
+from .predict import find_images, predict_files
+from .run_folder import RunFolder, next_run_dir, write_json
+from .train import EXTRAS, Training, report_problems
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train, or go on with a run."""
+    if arguments.resume is not None:
+        if arguments.data is not None or arguments.run_dir is not None:
+            raise ValueError("--resume takes DATA and --run-dir from the run: leave them out")
+        run_dir = Path(arguments.resume)
+        config = resume_config(
+            run_dir, epochs=arguments.epochs, device=arguments.device, workers=arguments.workers
+        )
+    else:
+        if arguments.data is None:
+            raise ValueError("DATA is missing: name a data set, or a run to go on with (--resume RUN)")
+        run_dir = Path(arguments.run_dir) if arguments.run_dir else next_run_dir("runs", "train")
+        config = TrainConfig(
+            data=arguments.data,
+            images=arguments.images,
+            split=arguments.split,
+            val_data=arguments.val_data,
+            val_images=arguments.val_images,
+            val_split=arguments.val_split,
+            validate_every=0 if arguments.no_val else arguments.val_every,
+            arch=arguments.arch,
+            norm=arguments.norm,
+            min_size=tuple(arguments.min_size),
+            max_size=arguments.max_size,
+            anchor_sizes=tuple(arguments.anchor_sizes),
+            epochs=12 if arguments.epochs is None else arguments.epochs,
+            batch_size=arguments.batch_size,
+            optimizer=arguments.optimizer,
+            lr=arguments.lr,
+            weight_decay=arguments.weight_decay,
+            schedule=arguments.schedule,
+            warmup_steps=arguments.warmup_steps,
+            clip_grad_norm=arguments.clip_grad_norm,
+            hflip=arguments.hflip,
+            vflip=arguments.vflip,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            device=arguments.device or "auto",
+            amp=arguments.amp,
+            channels_last=arguments.channels_last,
+            verify=arguments.check_images,
+            strict=arguments.strict,
+        )
+    training = Training(config, run_dir, resume=arguments.resume is not None)
+    try:
+        result = training.fit()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: go on with: retinanet-ext train --resume {run_dir}", file=sys.stderr)
+        return 130
+    if result is not None:
+        print(format_metrics(result))
+    print(f"weights: {training.run.best}\nlogs and plots: {run_dir}")
+    return 0
+
+
+def run_val(arguments: argparse.Namespace) -> int:
+    """Evaluate a checkpoint on a data set."""
+    require_all(*EXTRAS)
+    device = resolve_device(arguments.device or "auto")
+    model, class_names, _ = load_model(arguments.weights, device)
+    dataset = open_dataset(
+        arguments.data,
+        arguments.split,
+        images=arguments.images,
+        class_names=class_names,
+        verify="decode" if arguments.strict else arguments.check_images,
+    )
+    run = RunFolder(arguments.run_dir or next_run_dir("runs", "val"))
+    report_problems(dataset, run, print, arguments.strict)
+    result = evaluate(
+        model,
+        dataset,
+        batch_size=arguments.batch_size,
+        device=device,
+        workers=resolve_workers(arguments.workers, device),
+        amp=resolve_amp(arguments.amp, device),
+        progress=lambda batches: require("tqdm").tqdm(batches, unit="batch", disable=None),
+    )
+    run.add_problems(result.problems)
+    for problem in result.problems:
+        print(f"skipped: {problem}")
+    run.write_evaluation(result)
+    print(format_metrics(result))
+    each = result.seconds / max(1, result.images)
+    print(f"{result.images} images, {each:.3f} s an image; results: {run.root}")
+    return 0
+
+
+def run_predict(arguments: argparse.Namespace) -> int:
+    """Detect objects in image files."""
+    require_all("PIL.Image", "tqdm")
+    device = resolve_device(arguments.device or "auto")
+    model, class_names, _ = load_model(arguments.weights, device, score_thresh=arguments.min_score)
+    paths, problems = find_images(arguments.sources)
+    run = RunFolder(arguments.run_dir or next_run_dir("runs", "predict"))
+    result = predict_files(
+        model,
+        class_names,
+        paths,
+        device=device,
+        score=arguments.score,
+        picture_folder=None if arguments.no_pictures else run.root / "pictures",
+        amp=resolve_amp(arguments.amp, device),
+        progress=lambda items: require("tqdm").tqdm(items, unit="image", disable=None),
+    )
+    problems += result.problems
+    run.add_problems(problems)
+    write_json(run.root / "detections.json", result.content, indent=None)
+    found = len(result.content["annotations"])
+    print(f"{len(result.content['images'])} images, {found} detections; results: {run.root}")
+    if problems:
+        print(f"{len(problems)} problems, first: {problems[0]}; all in {run.problems}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """Run the demonstration and say what came of it."""
+    run_dir = Path(arguments.run_dir) if arguments.run_dir else next_run_dir("runs", "demo")
+    result = demo.run_demo(run_dir, device=arguments.device, seed=arguments.seed)
+    weights = run_dir / "weights" / "best.pt"
+    print(f"\nAP {result.ap:.3f}, AP50 {result.ap50:.3f} on held-out images; {result.seconds:.0f} s in all")
+    for picture in result.pictures:
+        print(f"  {picture}")
+    print(
+        "next:\n"
+        f"  retinanet-ext predict {weights} {run_dir / 'data' / 'val'}\n"
+        f"  retinanet-ext val {weights} {run_dir / 'data'}\n"
+        "  retinanet-ext train --help"
+    )
+    if not result.ap50 >= demo.EXPECTED_AP50:
+        print(
+            f"retinanet-ext demo: error: AP50 {result.ap50:.3f} is below the {demo.EXPECTED_AP50} that a "
+            "working installation reaches; please run retinanet-ext env and report both",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def run_env(arguments: argparse.Namespace) -> int:
+    """Print the environment's report, then what is wrong with it."""
+    from retinanet_ext.diagnostics import environment_report
+
+    text, problems = environment_report()
+    print(text)
+    for problem in problems:
+        print(f"problem: {problem}")
+    return 1 if problems else 0

@@ -1,0 +1,128 @@
+"""What defines a training run, and what follows from it where nothing was said."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .run_folder import RunFolder, RunFolderError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a run; written to args.json. None: chosen from the rest, see `resolve`.
+
+    `data`, `images`, `split`: see `data.open_dataset`; `val_*` likewise, `val_data` None: `data`.
+    `anchor_sizes`: the smallest anchor side of each of the five levels in pixels; each level has it times 1,
+    2^(1/3) and 2^(2/3). `min_size`: sides the shorter image side is resized to; of several, training draws
+    one for each batch. `warmup_steps`: optimizer steps of linear warm-up. `clip_grad_norm` 0: no clipping.
+    `validate_every`: epochs between validations, 0: none; the last epoch is always validated otherwise.
+    """
+
+    data: str
+    images: str | None = None
+    split: str = "train"
+    val_data: str | None = None
+    val_images: str | None = None
+    val_split: str = "val"
+    validate_every: int = 1
+    arch: str = "resnet50"
+    norm: str = "batch"
+    min_size: tuple[int, ...] = (800,)
+    max_size: int = 1333
+    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    epochs: int = 12
+    batch_size: int = 4
+    optimizer: str = "adamw"
+    lr: float | None = None
+    weight_decay: float | None = None
+    schedule: str = "cosine"
+    warmup_steps: int | None = None
+    clip_grad_norm: float = 0.0
+    hflip: float = 0.5
+    vflip: float = 0.0
+    seed: int = 0
+    workers: int | None = None
+    device: str = "auto"
+    amp: bool | None = None
+    channels_last: bool = True
+    verify: str = "header"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")
+        for name in ("seed", "validate_every", "clip_grad_norm", "warmup_steps", "workers", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr: expected a number > 0, got {self.lr!r}")
+        if len(self.anchor_sizes) != 5 or min(self.anchor_sizes) <= 0:
+            raise ValueError(
+                f"anchor_sizes: expected five sizes > 0, one a level from P3 to P7, got {self.anchor_sizes!r}"
+            )
+
+    def model_config(self, num_classes: int) -> dict[str, Any]:
+        """What `checkpoint.build_model` takes."""
+        return {
+            "arch": self.arch,
+            "num_classes": num_classes,
+            "norm": self.norm,
+            "min_size": list(self.min_size) if len(self.min_size) > 1 else self.min_size[0],
+            "max_size": self.max_size,
+            "anchor_sizes": octaves(self.anchor_sizes),
+        }
+
+
+def octaves(sizes: Iterable[float]) -> list[list[int]]:
+    """Anchor sizes of each level: s, s * 2^(1/3), s * 2^(2/3), truncated to integers as torchvision's are."""
+    return [[int(size), int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))] for size in sizes]
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto": CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu or cuda[:N], got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device: cuda was asked for, and torch finds no usable CUDA device here (see: retinanet-ext env)"
+        )
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device: got {name!r}, and there are {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda[:N], got {name!r}")
+    return device
+
+
+def resolve_amp(amp: bool | None, device: torch.device) -> bool:
+    """bf16 autocast: as asked, else on where the device is a GPU with bf16 arithmetic of its own."""
+    if amp is not None:
+        return amp
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def resolve_workers(workers: int | None, device: torch.device) -> int:
+    """Loader processes: as asked, else 4 beside a GPU, and none on the CPU, where the model needs the
+    cores."""
+    return workers if workers is not None else (4 if device.type == "cuda" else 0)
+
+
+def resume_config(run_dir: str | Path, **changes: Any) -> TrainConfig:
+    """The configuration of an earlier run with `changes` (None: unchanged). Raises RunFolderError,
+    ValueError."""
+    run = RunFolder(run_dir)
+    stored = run.read_args()
+    try:
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        return TrainConfig(**{**stored, **{k: v for k, v in changes.items() if v is not None}})
+    except TypeError as error:
+        raise RunFolderError(f"{run.args}: not the arguments of a training run ({error})") from None

@@ -1,0 +1,218 @@
+"""COCO evaluation of a model on any data set, with pycocotools, overall and for each class.
+
+Data sets that are not COCO's are turned into a COCO dictionary in memory. Crowd regions follow COCO's rules;
+objects marked difficult (VOC) count neither when found nor when missed. Images whose pixels turn out to be
+broken are left out of the evaluation and reported.
+"""
+
+import contextlib
+import io
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from retinanet_ext.data import DetectionDataset, Problem, make_loader
+from retinanet_ext.data.extras import require
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+
+
+@dataclass
+class Evaluation:
+    """Results of one evaluation. A figure that has no ground truth to rest on is NaN.
+
+    `metrics`: COCO's nine that matter, by the names of METRICS. `per_class`: one dictionary a class: name,
+    images, objects, AP, AP50, AP75, AR100. `precision50` float64 [101, K]: precision at IoU 0.5 at recall 0,
+    0.01, ..., 1. `detections`: COCO results (image_id, category_id, bbox xywh, score, file_name). `seconds`:
+    predicting alone.
+    """
+
+    metrics: dict[str, float]
+    per_class: list[dict[str, Any]]
+    precision50: np.ndarray
+    detections: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    images: int = 0
+    seconds: float = 0.0
+
+
+@torch.no_grad()
+def predict_dataset(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    *,
+    batch_size: int = 4,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    amp: bool = False,
+    progress=None,
+) -> tuple[list[dict[str, Any]], list[int], list[Problem]]:
+    """COCO results of `model` on every readable image: (detections, ids of the images seen, problems).
+
+    `progress` wraps the iterable of batches (tqdm, for instance). The model is left in the mode it was in.
+    """
+    was_training = model.training
+    model.eval()
+    device = torch.device(device)
+    loader = make_loader(dataset, batch_size, train=False, workers=workers, pin_memory=device.type == "cuda")
+    detections: list[dict[str, Any]] = []
+    seen: list[int] = []
+    problems: list[Problem] = []
+    for batch in loader if progress is None else progress(loader):
+        problems.extend(batch.problems)
+        if not batch.images:
+            continue
+        images = [image.to(device, non_blocking=True) for image in batch.images]
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            outputs = model(images)
+        for output, target in zip(outputs, batch.targets, strict=True):
+            seen.append(target["image_id"])
+            detections.extend(coco_results(output, target["image_id"], dataset))
+    model.train(was_training)
+    return detections, seen, problems
+
+
+def coco_results(output: dict[str, Any], image_id: int, dataset: DetectionDataset) -> list[dict[str, Any]]:
+    """One image's `boxes`, `scores`, `labels` as COCO results, best first."""
+    file_name = dataset.records[dataset.index_of[image_id]].path.name
+    boxes = output["boxes"].float().cpu().double()
+    return [
+        {
+            "image_id": image_id,
+            "category_id": dataset.category_ids[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+            "file_name": file_name,
+        }
+        for (x1, y1, x2, y2), score, label in zip(
+            boxes.tolist(), output["scores"].float().tolist(), output["labels"].tolist(), strict=True
+        )
+    ]
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: DetectionDataset,
+    *,
+    batch_size: int = 4,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    amp: bool = False,
+    progress=None,
+) -> Evaluation:
+    """Run `model` over `dataset` and score what it finds."""
+    start = time.perf_counter()
+    detections, seen, problems = predict_dataset(
+        model, dataset, batch_size=batch_size, device=device, workers=workers, amp=amp, progress=progress
+    )
+    seconds = time.perf_counter() - start
+    result = score_detections(dataset.to_coco(seen), detections)
+    result.problems = problems
+    result.images = len(seen)
+    result.seconds = seconds
+    return result
+
+
+def score_detections(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> Evaluation:
+    """COCO's bounding-box metrics of `detections` (COCO results) against a COCO dictionary.
+
+    Annotations with `ignore` 1 and `iscrowd` 0 are difficult objects: they match as objects do, and neither a
+    match nor a miss counts. No detections at all is a result (AP 0), no ground truth too (NaN).
+    """
+    coco = require("pycocotools.coco")
+    truth, found = coco.COCO(), coco.COCO()
+    # pycocotools writes into the annotations.
+    annotations = [dict(annotation) for annotation in ground_truth["annotations"]]
+    truth.dataset = {"info": {}, **ground_truth, "annotations": annotations}
+    found.dataset = {
+        "info": {},
+        "images": ground_truth["images"],
+        "categories": ground_truth["categories"],
+        "annotations": [
+            {**detection, "id": index + 1, "area": detection["bbox"][2] * detection["bbox"][3], "iscrowd": 0}
+            for index, detection in enumerate(detections)
+        ],
+    }
+    categories = ground_truth["categories"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found.createIndex()
+        scorer = _scorer_class()(truth, found, "bbox")
+        scorer.difficult = {a["id"] for a in annotations if a.get("ignore") and not a.get("iscrowd")}
+        scorer.params.catIds = [category["id"] for category in categories]
+        scorer.params.imgIds = sorted(image["id"] for image in ground_truth["images"])
+        scorer.evaluate()
+        scorer.accumulate()
+    # precision [IoU 10, recall 101, K, area 4, detections 3], recall [IoU 10, K, area 4, detections 3]; -1:
+    # no truth.
+    precision, recall = scorer.eval["precision"], scorer.eval["recall"]
+    metrics = {
+        "AP": _mean(precision[:, :, :, 0, 2]),
+        "AP50": _mean(precision[0, :, :, 0, 2]),
+        "AP75": _mean(precision[5, :, :, 0, 2]),
+        "APs": _mean(precision[:, :, :, 1, 2]),
+        "APm": _mean(precision[:, :, :, 2, 2]),
+        "APl": _mean(precision[:, :, :, 3, 2]),
+        "AR1": _mean(recall[:, :, 0, 0]),
+        "AR10": _mean(recall[:, :, 0, 1]),
+        "AR100": _mean(recall[:, :, 0, 2]),
+    }
+    per_class = []
+    for k, category in enumerate(categories):
+        objects = [
+            a
+            for a in ground_truth["annotations"]
+            if a["category_id"] == category["id"] and not (a.get("iscrowd") or a.get("ignore"))
+        ]
+        per_class.append(
+            {
+                "class": category["name"],
+                "images": len({a["image_id"] for a in objects}),
+                "objects": len(objects),
+                "AP": _mean(precision[:, :, k, 0, 2]),
+                "AP50": _mean(precision[0, :, k, 0, 2]),
+                "AP75": _mean(precision[5, :, k, 0, 2]),
+                "AR100": _mean(recall[:, k, 0, 2]),
+            }
+        )
+    return Evaluation(metrics, per_class, precision[0, :, :, 0, 2].copy(), list(detections))
+
+
+def format_metrics(result: Evaluation) -> str:
+    """The overall figures and a line a class, as a table."""
+    lines = ["  ".join(f"{name} {_figure(result.metrics[name])}" for name in METRICS)]
+    width = max([len("class"), *(len(row["class"]) for row in result.per_class)])
+    lines.append(f"{'class':<{width}}  images  objects     AP   AP50   AP75  AR100")
+    for row in result.per_class:
+        figures = "  ".join(_figure(row[name]) for name in ("AP", "AP50", "AP75", "AR100"))
+        lines.append(f"{row['class']:<{width}}  {row['images']:>6}  {row['objects']:>7}  {figures}")
+    return "\n".join(lines)
+
+
+def _scorer_class():
+    """COCOeval that keeps objects marked `ignore` out of the count (pycocotools itself overwrites the
+    mark)."""
+
+    class Scorer(require("pycocotools.cocoeval").COCOeval):
+        def _prepare(self):
+            super()._prepare()
+            for annotations in self._gts.values():
+                for annotation in annotations:
+                    annotation["ignore"] = int(annotation["iscrowd"] or annotation["id"] in self.difficult)
+
+    return Scorer
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[values > -1]
+    return float(values.mean()) if values.size else math.nan
+
+
+def _figure(value: float) -> str:
+    return f"{value:5.3f}" if not math.isnan(value) else "  -  "

@@ -1,0 +1,163 @@
+"""The folder of a run: its arguments, csv logs, problems, weights and pictures."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from retinanet_ext.data import Problem
+
+from .checkpoint import write_atomically
+from .evaluate import METRICS, Evaluation
+from .plots import plot_precision_recall
+
+STEP_COLUMNS = ("step", "epoch", "classification", "bbox_regression", "total", "foreground", "lr", "seconds")
+EPOCH_COLUMNS = (
+    "epoch",
+    "step",
+    "classification",
+    "bbox_regression",
+    "total",
+    "foreground",
+    "lr",
+    "seconds_per_step",
+    "memory_mb",
+    *METRICS,
+    "val_seconds",
+)
+
+
+class RunFolderError(ValueError):
+    """A run folder that cannot be used: taken by another run, or without what a resumed run needs."""
+
+
+def next_run_dir(parent: str | Path, name: str) -> Path:
+    """`parent/name`, or the first of `parent/name2`, `parent/name3`, ... that does not exist."""
+    parent, number = Path(parent), 1
+    while (path := parent / (name if number == 1 else f"{name}{number}")).exists():
+        number += 1
+    return path
+
+
+class RunFolder:
+    """Names and writes the files of one run. Its folders are made when the first file is written."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.args = self.root / "args.json"
+        self.results = self.root / "results.csv"
+        self.steps = self.root / "steps.csv"
+        self.problems = self.root / "problems.txt"
+        self.last = self.root / "weights" / "last.pt"
+        self.best = self.root / "weights" / "best.pt"
+
+    def start(self, args: dict[str, Any]) -> None:
+        """Begin a new run: args.json and the heads of the csv files."""
+        self.check_free()
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(self.args, args)
+        _write_rows(self.results, EPOCH_COLUMNS, [])
+        _write_rows(self.steps, STEP_COLUMNS, [])
+
+    def check_free(self) -> None:
+        """Raises RunFolderError if the folder holds a run already."""
+        if self.args.exists():
+            raise RunFolderError(
+                f"{self.root}: holds a run already: choose another --run-dir, or go on with it: "
+                f"--resume {self.root}"
+            )
+
+    def read_args(self) -> dict[str, Any]:
+        """The arguments the run was started with."""
+        try:
+            return json.loads(self.args.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunFolderError(f"{self.root}: not a run folder: it holds no args.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RunFolderError(f"{self.args}: broken ({error})") from None
+
+    def rewind(self, epoch: int) -> None:
+        """Drop the csv rows of epochs after `epoch` (1-based, 0: all): they are about to be run again."""
+        for path, columns in ((self.results, EPOCH_COLUMNS), (self.steps, STEP_COLUMNS)):
+            rows = []
+            if path.exists():
+                with open(path, newline="", encoding="utf-8") as stream:
+                    # A row cut short by a crash has no epoch, or belongs to one that is dropped anyway.
+                    rows = [
+                        row
+                        for row in csv.DictReader(stream)
+                        if (row["epoch"] or "").isdigit() and int(row["epoch"]) <= epoch
+                    ]
+            _write_rows(path, columns, rows)
+
+    def add_epoch(self, row: dict[str, Any]) -> None:
+        _append_row(self.results, EPOCH_COLUMNS, row)
+
+    def add_problems(self, problems: Sequence[Problem]) -> None:
+        """Append to problems.txt; an empty file says that there were none."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.problems, "a", encoding="utf-8") as stream:
+            stream.writelines(f"{problem}\n" for problem in problems)
+
+    def write_evaluation(self, result: Evaluation) -> None:
+        """metrics.json, per_class.csv, detections.json (COCO results) and PR_curve.png."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        metrics = {name: None if math.isnan(value) else value for name, value in result.metrics.items()}
+        write_json(
+            self.root / "metrics.json",
+            {**metrics, "images": result.images, "predict_seconds": round(result.seconds, 3)},
+        )
+        columns = ("class", "images", "objects", "AP", "AP50", "AP75", "AR100")
+        _write_rows(self.root / "per_class.csv", columns, result.per_class)
+        write_json(self.root / "detections.json", result.detections, indent=None)
+        plot_precision_recall(result, self.root / "PR_curve.png")
+
+
+class StepLog:
+    """steps.csv, a row an optimizer step, kept open over an epoch."""
+
+    def __init__(self, path: Path):
+        self.stream = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        self.writer = csv.DictWriter(self.stream, STEP_COLUMNS, extrasaction="ignore")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.writer.writerow(_formatted(row))
+
+    def __enter__(self) -> "StepLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write `content` to `path`, atomically."""
+    text = json.dumps(content, indent=indent) + "\n"
+    write_atomically(path, lambda stream: stream.write(text.encode()))
+
+
+def _formatted(row: dict[str, Any]) -> dict[str, Any]:
+    """Floats with seven digits, NaN as an empty field."""
+    return {
+        key: ("" if math.isnan(value) else f"{value:.7g}") if isinstance(value, float) else value
+        for key, value in row.items()
+    }
+
+
+def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    lines: list[str] = []
+
+    class Lines:
+        write = staticmethod(lines.append)
+
+    writer = csv.DictWriter(Lines, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(_formatted(row) for row in rows)
+    write_atomically(path, lambda stream: stream.write("".join(lines).encode()))
+
+
+def _append_row(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
+    with open(path, "a", newline="", encoding="utf-8") as stream:
+        csv.DictWriter(stream, columns, extrasaction="ignore").writerow(_formatted(row))

@@ -1,0 +1,284 @@
+"""Training: the run around the steps (data, validation, checkpoints, logs, resume).
+
+On the CPU a run is a function of its configuration: the same one gives the same bits twice, and a run that
+was interrupted and resumed ends as one that was not. Order and augmentation come from (seed, epoch, index),
+the rest of the state from the checkpoint written after each epoch.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retinanet_ext.data import (
+    Compose,
+    DatasetError,
+    DetectionDataset,
+    RandomHorizontalFlip,
+    RandomVerticalFlip,
+    make_loader,
+    open_dataset,
+    summarise,
+)
+from retinanet_ext.data.extras import require, require_all
+
+from .checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint, set_rng_state
+from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers
+from .evaluate import METRICS, Evaluation, evaluate
+from .loop import StepRecord, TrainingError, train_steps
+from .plots import plot_results
+from .run_folder import RunFolder, RunFolderError, StepLog, write_json
+from .schedule import default_rate, default_warmup, make_optimizer, make_scheduler
+
+EXTRAS = ("PIL.Image", "pycocotools.coco", "matplotlib.figure", "tqdm")
+
+
+def open_datasets(
+    config: TrainConfig, run: RunFolder | None, say: Callable[[str], None]
+) -> tuple[DetectionDataset, DetectionDataset | None]:
+    """The training set and, unless `validate_every` is 0, the validation set, their problems reported."""
+    verify = "decode" if config.strict else config.verify
+    train_set = open_dataset(config.data, config.split, images=config.images, verify=verify)
+    sets = [train_set]
+    if config.validate_every:
+        # An image folder named for the training json serves the validation json too, unless it has its own.
+        images = config.val_images or (config.images if config.val_data else None)
+        try:
+            val_set = open_dataset(
+                config.val_data or config.data,
+                config.val_split,
+                images=images,
+                class_names=train_set.class_names,
+                verify=verify,
+            )
+        except DatasetError as error:
+            raise DatasetError(f"validation set: {error} (--no-val trains without one)") from None
+        sets.append(val_set)
+    for dataset in sets:
+        report_problems(dataset, run, say, config.strict)
+    if config.validate_every and config.val_data is None and Path(config.data).is_file():
+        say("note: no --val-data was given with a json file: validation runs on the training images")
+    return train_set, (sets[1] if len(sets) > 1 else None)
+
+
+def report_problems(
+    dataset: DetectionDataset, run: RunFolder | None, say: Callable[[str], None], strict: bool
+) -> None:
+    """Print the summary of a set's problems and write them out in full; with `strict`, raise DatasetError."""
+    say(dataset.describe())
+    for line in summarise(dataset.problems):
+        say(f"  {line}")
+    if run is not None:
+        run.add_problems(dataset.problems)
+    if strict and dataset.problems:
+        where = f"; all of them are in {run.problems}" if run is not None else ""
+        raise DatasetError(f"{dataset.name}: {len(dataset.problems)} problems, and --strict was given{where}")
+
+
+class Training:
+    """One run: the objects that take part, made anew or from the last checkpoint, and the loop over
+    epochs."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: str | Path,
+        *,
+        resume: bool = False,
+        say: Callable[[str], None] = print,
+    ):
+        require_all(*EXTRAS)
+        self.config, self.say = config, say
+        self.run = RunFolder(run_dir)
+        self.device = resolve_device(config.device)
+        self.amp = resolve_amp(config.amp, self.device)
+        self.workers = resolve_workers(config.workers, self.device)
+        checkpoint = self._resumed_checkpoint() if resume else None
+        if checkpoint is None:
+            self.run.check_free()
+            self.run.problems.unlink(missing_ok=True)
+        self.train_set, self.val_set = open_datasets(config, None if resume else self.run, say)
+        if checkpoint is not None and checkpoint["class_names"] != self.train_set.class_names:
+            raise CheckpointError(
+                f"{self.run.last}: trained on the classes {checkpoint['class_names']}, and the data set "
+                f"now has {self.train_set.class_names}"
+            )
+        self.loader = make_loader(
+            self.train_set,
+            config.batch_size,
+            train=True,
+            transform=Compose([RandomHorizontalFlip(config.hflip), RandomVerticalFlip(config.vflip)]),
+            seed=config.seed,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        total_steps = len(self.loader) * config.epochs
+        torch.manual_seed(config.seed)
+        self.model_config = config.model_config(len(self.train_set.class_names))
+        self.model = build_model(self.model_config).to(self.device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        rate = default_rate(config.optimizer, config.batch_size) if config.lr is None else config.lr
+        self.optimizer = make_optimizer(self.model, config.optimizer, rate, config.weight_decay)
+        warmup = default_warmup(total_steps) if config.warmup_steps is None else config.warmup_steps
+        self.scheduler = make_scheduler(self.optimizer, total_steps, warmup, config.schedule)
+        self.total_steps = total_steps
+        self.epoch, self.step, self.best = 0, 0, -math.inf
+        self.broken: set[str] = set()
+        # The folder counts as a run only now: a mistake in the arguments leaves nothing that is in the way.
+        if checkpoint is None:
+            self.run.start(dataclasses.asdict(config))
+        else:
+            self._restore(checkpoint)
+
+    def _resumed_checkpoint(self) -> dict[str, Any] | None:
+        self.run.read_args()
+        if not self.run.last.exists():
+            raise RunFolderError(f"{self.run.root}: nothing to resume: {self.run.last} was never written")
+        return load_checkpoint(self.run.last)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scheduler.load_state_dict(checkpoint["scheduler"])
+        set_rng_state(checkpoint["rng"])
+        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+        self.best = -math.inf if checkpoint["best"] is None else checkpoint["best"]
+        write_json(self.run.args, dataclasses.asdict(self.config))
+        self.run.rewind(self.epoch)
+        self.say(f"resuming {self.run.root} after epoch {self.epoch} of {self.config.epochs}")
+
+    def fit(self, on_epoch_end: Callable[["Training"], None] | None = None) -> Evaluation | None:
+        """Run the epochs that are left. The last evaluation, or None where none was made."""
+        say, config = self.say, self.config
+        precision = "bf16 autocast" if self.amp else "float32"
+        say(
+            f"{config.arch}, {self.device}, {precision}, {config.epochs} epochs of {len(self.loader)} steps of "
+            f"{config.batch_size} images, run folder {self.run.root}"
+        )
+        result = None
+        bar = require("tqdm").tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None)
+        with bar:
+            while self.epoch < config.epochs:
+                row = self._train_epoch(bar)
+                result = self._validate(row) or result
+                self.run.add_epoch(row)
+                self._save(self.run.last)
+                bar.write(self._line(row))
+                if on_epoch_end is not None:
+                    on_epoch_end(self)
+        plot_results(self.run.results, self.run.steps, self.run.root / "results.png")
+        return result
+
+    def _train_epoch(self, bar) -> dict[str, Any]:
+        """One pass over the training set; the row of results.csv without the validation."""
+        self.loader.set_epoch(self.epoch)
+        records: list[StepRecord] = []
+        steps = train_steps(
+            self.model,
+            self.loader,
+            self.optimizer,
+            self.scheduler,
+            self.device,
+            first_step=self.step,
+            amp=self.amp,
+            clip_grad_norm=self.config.clip_grad_norm,
+            name_of=self.train_set.file_of,
+            report=self._report_broken,
+        )
+        bar.set_description(f"epoch {self.epoch + 1}/{self.config.epochs}")
+        with StepLog(self.run.steps) as log:
+            for record in steps:
+                records.append(record)
+                log.add({**dataclasses.asdict(record), "epoch": self.epoch + 1})
+                bar.set_postfix(
+                    cls=f"{record.classification:.3f}",
+                    box=f"{record.bbox_regression:.3f}",
+                    fg=f"{record.foreground:.0f}",
+                    lr=f"{record.lr:.1e}",
+                    refresh=False,
+                )
+                bar.update()
+        if not records:
+            raise TrainingError(f"epoch {self.epoch + 1}: no image of {self.train_set.name} could be read")
+        self.epoch += 1
+        self.step = records[-1].step
+        names = ("classification", "bbox_regression", "total", "foreground")
+        row = {name: sum(getattr(r, name) for r in records) / len(records) for name in names}
+        seconds = sorted(record.seconds for record in records)[len(records) // 2]
+        memory = (
+            torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else math.nan
+        )
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            **row,
+            "lr": records[-1].lr,
+            "seconds_per_step": seconds,
+            "memory_mb": memory,
+        }
+
+    def _validate(self, row: dict[str, Any]) -> Evaluation | None:
+        """Validate if it is time to, add the figures to `row`, and keep the weights if they are the best so
+        far."""
+        every = self.config.validate_every
+        if self.val_set is None:
+            self._save(self.run.best)
+            return None
+        if self.epoch % every and self.epoch != self.config.epochs:
+            return None
+        result = evaluate(
+            self.model,
+            self.val_set,
+            batch_size=self.config.batch_size,
+            device=self.device,
+            workers=self.workers,
+            amp=self.amp,
+        )
+        self._report_broken(result.problems)
+        row.update({name: result.metrics[name] for name in METRICS}, val_seconds=result.seconds)
+        ap = result.metrics["AP"]
+        if ap > self.best or not self.run.best.exists():
+            self.best = -math.inf if math.isnan(ap) else ap
+            self._save(self.run.best)
+            self.run.write_evaluation(result)
+        return result
+
+    def _save(self, path: Path) -> None:
+        save_checkpoint(
+            path,
+            self.model,
+            self.model_config,
+            self.train_set.class_names,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            epoch=self.epoch,
+            step=self.step,
+            best=None if math.isinf(self.best) else self.best,
+            args=dataclasses.asdict(self.config),
+        )
+
+    def _report_broken(self, problems: list) -> None:
+        """Say and write down each broken image once; with strict, stop."""
+        new = [problem for problem in problems if problem.file not in self.broken]
+        self.broken.update(problem.file for problem in new)
+        if not new:
+            return
+        self.run.add_problems(new)
+        for problem in new:
+            require("tqdm").tqdm.write(f"skipped: {problem}")
+        if self.config.strict:
+            raise DatasetError(f"{new[0]} (--strict was given)")
+
+    def _line(self, row: dict[str, Any]) -> str:
+        line = (
+            f"epoch {self.epoch}/{self.config.epochs}  classification {row['classification']:.4f}  "
+            f"bbox_regression {row['bbox_regression']:.4f}  foreground {row['foreground']:.1f}  "
+            f"lr {row['lr']:.2e}  {row['seconds_per_step']:.3f} s/step"
+        )
+        if "AP" in row:
+            line += f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}"
+        return line

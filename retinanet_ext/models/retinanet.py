@@ -1,0 +1,259 @@
+"""RetinaNet (Lin et al., 2017, arXiv 1708.02002) on the operators of this library, with torchvision's
+conventions.
+
+Names, defaults, weights, losses and detections are those of
+``torchvision.models.detection.retinanet_resnet50_fpn``: state dicts load both ways without conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.anchor_match import POLICIES
+from .anchors import DEFAULT_ASPECT_RATIOS, DEFAULT_SIZES, AnchorGenerator
+from .fpn import BackboneWithFPN
+from .heads import RetinaNetHead
+from .resnet import NORMS, resnet18, resnet34, resnet50, resnet101
+from .targets import check_images, check_targets
+from .transform import ImageBatch, ImageTransform, resize_boxes
+
+_FOCAL_ALPHA, _FOCAL_GAMMA = 0.25, 2.0
+
+
+class RetinaNet(nn.Module):
+    """A one-stage detector: a backbone with a feature pyramid, a class subnet, a box subnet, and nothing
+    else.
+
+    In training mode ``model(images, targets)`` returns the losses, in evaluation mode ``model(images)`` the
+    detections; see `forward`.
+
+    Args:
+        backbone: images ``[B, 3, H, W]`` to a list of levels ``[B, out_channels, H_l, W_l]``, finest first;
+            has the attribute ``out_channels``.
+        num_classes: ``K``. Labels are ``0 .. K - 1``. (torchvision's 91 of COCO counts a background that is
+            never a target.)
+        min_size: side in pixels that an image's shorter side is resized to; of several, training draws one.
+        max_size: the longer side in pixels is at most this.
+        image_mean, image_std: of each channel, for images in 0..1; ImageNet's by default.
+        anchor_sizes: for each level, in pixels of the resized image.
+        aspect_ratios: height / width, at every level.
+        score_thresh: detections have a score above this.
+        nms_thresh: of two detections of a class with an IoU above this only the better one stays.
+        detections_per_img: at most so many detections an image.
+        topk_candidates: at most so many candidates a level, before suppression.
+        fg_iou_thresh: an anchor with at least this IoU with a box is trained on that box.
+        bg_iou_thresh: an anchor with less than this IoU with every box is background.
+        match_policy: how boxes that no anchor fits get theirs, see `retinanet_ext.ops.match_anchors`;
+            "torchvision" gives torchvision's losses also where a box touches no anchor at all.
+
+    Attributes:
+        last_num_foreground: after a training step, int32 ``[B]``: foreground anchors of each image. None
+            before.
+
+    Raises:
+        ValueError: an argument out of its range, by name.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        min_size: int | Sequence[int] = 800,
+        max_size: int = 1333,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        anchor_sizes: Sequence[Sequence[float]] = DEFAULT_SIZES,
+        aspect_ratios: Sequence[float] = DEFAULT_ASPECT_RATIOS,
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections_per_img: int = 300,
+        topk_candidates: int = 1000,
+        fg_iou_thresh: float = 0.5,
+        bg_iou_thresh: float = 0.4,
+        match_policy: str = "safe",
+    ):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        if match_policy not in POLICIES:
+            raise ValueError(f"match_policy: expected one of {POLICIES}, got {match_policy!r}")
+        if not 0 <= bg_iou_thresh <= fg_iou_thresh <= 1:
+            raise ValueError(
+                "bg_iou_thresh, fg_iou_thresh: expected 0 <= bg <= fg <= 1, "
+                f"got {bg_iou_thresh}, {fg_iou_thresh}"
+            )
+        for name, value in (("score_thresh", score_thresh), ("nms_thresh", nms_thresh)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+        for name, value in (("detections_per_img", detections_per_img), ("topk_candidates", topk_candidates)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.transform = ImageTransform(min_size, max_size, image_mean, image_std)
+        self.anchor_generator = AnchorGenerator(anchor_sizes, aspect_ratios)
+        self.backbone = backbone
+        self.head = RetinaNetHead(backbone.out_channels, self.anchor_generator.num_anchors, num_classes)
+
+        self.num_classes = num_classes
+        self.score_thresh = score_thresh
+        self.nms_thresh = nms_thresh
+        self.detections_per_img = detections_per_img
+        self.topk_candidates = topk_candidates
+        self.fg_iou_thresh = fg_iou_thresh
+        self.bg_iou_thresh = bg_iou_thresh
+        self.match_policy = match_policy
+        self.last_num_foreground: Tensor | None = None
+
+    def forward(
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training mode, detections in evaluation mode.
+
+        Args:
+            images: a list of floating ``[3, H, W]`` in 0..1, of any sizes.
+            targets: for each image, in training mode only: ``boxes`` ``[M, 4]``, (x1, y1, x2, y2) in pixels
+                of the image as passed; ``labels``, integers ``[M]`` in ``[0, num_classes)``; optionally
+                ``ignore``, bool ``[M]``: regions to leave out of the loss. ``M`` may be 0.
+
+        Returns:
+            In training mode the scalars ``classification`` and ``bbox_regression``. In evaluation mode for
+            each image ``boxes`` ``[D, 4]`` in pixels of the image as passed, ``scores`` ``[D]``, best first,
+            and ``labels`` int64 ``[D]``.
+
+        Raises:
+            TypeError, ValueError: what is wrong with which image or target.
+        """
+        images = check_images(images)
+        if self.training:
+            targets = check_targets(targets, images, self.num_classes)
+        batch = self.transform(images)
+        features = self.backbone(batch.tensor)
+        cls_logits, box_deltas = self.head(features)
+        anchors = self.anchor_generator(
+            tuple(batch.tensor.shape[-2:]),
+            [tuple(level.shape[-2:]) for level in features],
+            batch.tensor.device,
+            torch.promote_types(batch.tensor.dtype, torch.float32),
+        )
+        if self.training:
+            return self._losses(cls_logits, box_deltas, anchors, batch, targets)
+        return self._detections(cls_logits, box_deltas, anchors, batch)
+
+    def _losses(
+        self,
+        cls_logits: list[Tensor],  # [B, A * K, H_l, W_l] a level
+        box_deltas: list[Tensor],  # [B, 4 * A, H_l, W_l] a level
+        anchors: Tensor,  # [N, 4]
+        batch: ImageBatch,
+        targets: Sequence[Mapping[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """The mean over images of each image's loss per foreground anchor."""
+        gt_boxes = [
+            resize_boxes(target["boxes"].to(anchors.dtype), original_size, size)
+            for target, original_size, size in zip(targets, batch.original_sizes, batch.sizes, strict=True)
+        ]
+        assigned = ops.assign_targets(
+            anchors,
+            gt_boxes,
+            [target["labels"] for target in targets],
+            self.fg_iou_thresh,
+            self.bg_iou_thresh,
+            policy=self.match_policy,
+            gt_ignore=_ignore_masks(targets),
+        )
+        self.last_num_foreground = assigned.num_foreground
+        normalizer = len(targets) * assigned.num_foreground.clamp(min=1).to(anchors.dtype)
+        return {
+            "classification": ops.multilevel_focal_loss(
+                cls_logits, assigned.labels, alpha=_FOCAL_ALPHA, gamma=_FOCAL_GAMMA, normalizer=normalizer
+            ),
+            "bbox_regression": ops.box_regression_loss(
+                box_deltas, anchors, gt_boxes, assigned.matched, loss="l1", normalizer=normalizer
+            ),
+        }
+
+    def _detections(
+        self, cls_logits: list[Tensor], box_deltas: list[Tensor], anchors: Tensor, batch: ImageBatch
+    ) -> list[dict[str, Tensor]]:
+        detections = ops.detect(
+            cls_logits,
+            box_deltas,
+            anchors,
+            batch.sizes,
+            score_thresh=self.score_thresh,
+            topk_per_level=self.topk_candidates,
+            nms_thresh=self.nms_thresh,
+            max_detections=self.detections_per_img,
+        )
+        return [
+            {
+                "boxes": resize_boxes(
+                    detections.boxes[image, :count], batch.sizes[image], batch.original_sizes[image]
+                ),
+                "scores": detections.scores[image, :count],
+                "labels": detections.labels[image, :count],
+            }
+            for image, count in enumerate(detections.counts.tolist())
+        ]
+
+
+def _ignore_masks(targets: Sequence[Mapping[str, Tensor]]) -> list[Tensor] | None:
+    """The ``ignore`` mask of each image, or None where no image has one."""
+    if all(target.get("ignore") is None for target in targets):
+        return None
+    return [
+        torch.zeros_like(target["labels"], dtype=torch.bool)
+        if target.get("ignore") is None
+        else target["ignore"]
+        for target in targets
+    ]
+
+
+_RESNETS = {18: resnet18, 34: resnet34, 50: resnet50, 101: resnet101}
+
+
+def _retinanet_resnet_fpn(depth: int, num_classes: int, norm: str, kwargs: dict[str, Any]) -> RetinaNet:
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {tuple(NORMS)}, got {norm!r}")
+    return RetinaNet(BackboneWithFPN(_RESNETS[depth](NORMS[norm])), num_classes, **kwargs)
+
+
+def retinanet_resnet18_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
+    """RetinaNet on ResNet-18; see `retinanet_resnet50_fpn`."""
+    return _retinanet_resnet_fpn(18, num_classes, norm, kwargs)
+
+
+def retinanet_resnet34_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
+    """RetinaNet on ResNet-34; see `retinanet_resnet50_fpn`."""
+    return _retinanet_resnet_fpn(34, num_classes, norm, kwargs)
+
+
+def retinanet_resnet50_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
+    """RetinaNet on ResNet-50 with P3 to P7, with random weights; nothing is ever downloaded.
+
+    The weights of ``torchvision.models.detection.retinanet_resnet50_fpn`` load as they are:
+    ``model.load_state_dict(torchvision_model.state_dict())``. (torchvision's COCO_V1 checkpoint was trained
+    with ``norm="frozen_batch"`` and wants ``eps`` of 0 in each of those layers, which torchvision sets when
+    it loads it.)
+
+    Args:
+        num_classes: ``K``; 91 is what torchvision's COCO weights have.
+        norm: the normalisation of the ResNet: "batch", trainable BatchNorm; "frozen_batch", fixed statistics,
+            for weights that were trained elsewhere; "group", GroupNorm of 32 groups, for batches of one or
+            two images.
+        **kwargs: of `RetinaNet`.
+
+    Raises:
+        ValueError: an unknown ``norm``, or an argument out of its range.
+    """
+    return _retinanet_resnet_fpn(50, num_classes, norm, kwargs)
+
+
+def retinanet_resnet101_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
+    """RetinaNet on ResNet-101; see `retinanet_resnet50_fpn`."""
+    return _retinanet_resnet_fpn(101, num_classes, norm, kwargs)

@@ -1,0 +1,181 @@
+"""Checkpoints: whole, atomic, safe to load, and clear about files that are something else."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from retinanet_ext.engine.checkpoint import (
+    CheckpointError,
+    build_model,
+    load_checkpoint,
+    load_model,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    write_atomically,
+)
+
+CONFIG = {
+    "arch": "resnet18",
+    "num_classes": 2,
+    "norm": "batch",
+    "min_size": 32,
+    "max_size": 64,
+    "anchor_sizes": [[8, 10, 12], [16, 20, 25], [32, 40, 50], [64, 80, 101], [128, 161, 203]],
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "last.pt"
+    torch.manual_seed(0)
+    model = build_model(CONFIG)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    scheduler.step()
+    save_checkpoint(
+        path,
+        model,
+        CONFIG,
+        ["cat", "dog"],
+        optimizer=optimizer,
+        scheduler=scheduler,
+        epoch=3,
+        step=7,
+        best=0.25,
+        args={"seed": 1, "min_size": (32,)},
+    )
+    return path, model
+
+
+def test_holds_everything_and_loads_without_running_code(saved):
+    path, model = saved
+    content = torch.load(path, weights_only=True)
+    loaded = load_checkpoint(path)
+    assert content.keys() == loaded.keys()
+    assert loaded["class_names"] == ["cat", "dog"]
+    assert loaded["model_config"] == CONFIG
+    assert (loaded["epoch"], loaded["step"], loaded["best"]) == (3, 7, 0.25)
+    assert loaded["args"]["seed"] == 1
+    assert loaded["scheduler"]["last_epoch"] == 1
+    assert loaded["optimizer"]["param_groups"][0]["lr"] == 0.05
+    assert set(loaded["rng"]) == {"torch", "cuda", "numpy", "python"}
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded["model"][name], value), name
+
+
+def test_load_model_predicts_as_the_saved_one(saved):
+    path, model = saved
+    loaded, class_names, _ = load_model(path, score_thresh=0.0)
+    assert class_names == ["cat", "dog"]
+    assert not loaded.training
+    assert loaded.score_thresh == 0.0
+    model.eval()
+    model.score_thresh = 0.0
+    image = torch.rand(3, 40, 50)
+    with torch.no_grad():
+        expected, got = model([image])[0], loaded([image])[0]
+    assert len(expected["scores"]) > 0
+    for key in expected:
+        assert torch.equal(expected[key], got[key])
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.9, 0.9999])
+def test_truncated_file(saved, tmp_path, part):
+    content = saved[0].read_bytes()
+    path = tmp_path / "cut.pt"
+    path.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(CheckpointError, match=r"cut\.pt: not a checkpoint, or one that was cut short"):
+        load_checkpoint(path)
+
+
+def test_damaged_inside(saved, tmp_path):
+    content = bytearray(saved[0].read_bytes())
+    content[200:2000] = bytes(1800)
+    path = tmp_path / "bad.pt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"bad\.pt: cannot be read as a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_text("hello")
+    with pytest.raises(CheckpointError, match="not a checkpoint, or one that was cut short"):
+        load_checkpoint(path)
+    torch.save({"backbone.body.conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"it holds backbone\.body\.conv1\.weight\)\. A bare state dict"):
+        load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="it holds list"):
+        load_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+class Harmful:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path):
+    torch.save({"format": Harmful(tmp_path / "harm")}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load_checkpoint(tmp_path / "x.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_later_format_is_refused(saved, tmp_path):
+    content = load_checkpoint(saved[0])
+    torch.save({**content, "version": 99}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="checkpoint format 99, and this retinanet_ext reads up to 1"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_weights_of_another_model_are_refused(saved, tmp_path):
+    content = load_checkpoint(saved[0])
+    torch.save({**content, "model_config": {**CONFIG, "num_classes": 5}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="the weights do not fit the model they name"):
+        load_model(tmp_path / "x.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.pt"
+    write_atomically(path, lambda stream: stream.write(b"old"))
+
+    def fail(stream):
+        stream.write(b"half of the new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b))[1])
+    write_atomically(tmp_path / "a", lambda stream: stream.write(b"x"))
+    assert calls[:2] == ["fsync", "replace"]
+
+
+def test_rng_state_round_trip(tmp_path):
+    torch.save(rng_state(), tmp_path / "rng.pt")
+    expected = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+
+
+def test_unknown_architecture():
+    with pytest.raises(ValueError, match="arch: expected one of resnet18, resnet34, resnet50, resnet101, got 'vgg'"):
+        build_model({**CONFIG, "arch": "vgg"})

@@ -1,0 +1,190 @@
+"""COCO evaluation against cases computed by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+
+from retinanet_ext.data import generate_shapes, open_dataset  # noqa: E402
+from retinanet_ext.engine.evaluate import (  # noqa: E402
+    coco_results,
+    evaluate,
+    format_metrics,
+    score_detections,
+)
+
+
+def truth(objects, classes=1, images=1):
+    """`objects`: (image, class, xywh) or (image, class, xywh, marks)."""
+    return {
+        "images": [{"id": i, "width": 100, "height": 100, "file_name": f"{i}.png"} for i in range(1, images + 1)],
+        "categories": [{"id": k, "name": f"class{k}"} for k in range(1, classes + 1)],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": item[0],
+                "category_id": item[1],
+                "bbox": item[2],
+                "area": item[2][2] * item[2][3],
+                "iscrowd": 0,
+                "ignore": 0,
+                **(item[3] if len(item) > 3 else {}),
+            }
+            for number, item in enumerate(objects, start=1)
+        ],
+    }
+
+
+def found(*items):
+    return [{"image_id": i, "category_id": k, "bbox": box, "score": score} for i, k, box, score in items]
+
+
+BOX, OTHER, FAR = [10, 10, 40, 40], [60, 60, 30, 30], [0, 80, 10, 10]
+
+
+def test_a_perfect_detection(capsys):
+    result = score_detections(truth([(1, 1, BOX)]), found((1, 1, BOX, 0.9)))
+    for name in ("AP", "AP50", "AP75", "APm", "AR1", "AR100"):
+        assert result.metrics[name] == pytest.approx(1.0)
+    assert math.isnan(result.metrics["APs"])
+    assert math.isnan(result.metrics["APl"])
+    assert result.precision50.shape == (101, 1)
+    assert capsys.readouterr().out == ""
+
+
+def test_iou_decides_the_thresholds():
+    # 40 x 40 against 40 x 25 inside it: IoU 0.625, above 0.50, 0.55 and 0.60 of the ten thresholds.
+    result = score_detections(truth([(1, 1, BOX)]), found((1, 1, [10, 10, 40, 25], 0.9)))
+    assert result.metrics["AP"] == pytest.approx(0.3)
+    assert result.metrics["AP50"] == pytest.approx(1.0)
+    assert result.metrics["AP75"] == 0.0
+
+
+def test_a_false_detection_ahead_of_a_true_one():
+    # Of two objects one is found, behind a false detection: precision 1/2 up to recall 1/2, 51 of 101 points.
+    result = score_detections(
+        truth([(1, 1, BOX), (1, 1, OTHER)]), found((1, 1, FAR, 0.9), (1, 1, BOX, 0.8))
+    )
+    assert result.metrics["AP50"] == pytest.approx(0.5 * 51 / 101)
+    assert result.metrics["AR100"] == pytest.approx(0.5)
+    # At recall 1 nothing is found.
+    assert result.precision50[50, 0] == pytest.approx(0.5)
+    assert result.precision50[51, 0] == 0.0
+
+
+def test_a_second_detection_of_an_object_is_false():
+    result = score_detections(
+        truth([(1, 1, BOX), (1, 1, OTHER)]),
+        found((1, 1, BOX, 0.9), (1, 1, BOX, 0.8), (1, 1, OTHER, 0.7)),
+    )
+    # Precision 1 up to recall 1/2 (51 points), then 2/3 (50 points).
+    assert result.metrics["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
+def test_classes_are_counted_apart():
+    result = score_detections(
+        truth([(1, 1, BOX), (2, 2, BOX), (2, 3, OTHER)], classes=4, images=2),
+        found((1, 1, BOX, 0.9), (2, 2, FAR, 0.9)),
+    )
+    assert [row["AP50"] for row in result.per_class[:3]] == pytest.approx([1.0, 0.0, 0.0])
+    assert math.isnan(result.per_class[3]["AP50"])
+    assert [row["objects"] for row in result.per_class] == [1, 1, 1, 0]
+    assert [row["images"] for row in result.per_class] == [1, 1, 1, 0]
+    assert result.metrics["AP50"] == pytest.approx(1 / 3)
+    table = format_metrics(result)
+    assert "class4" in table
+    assert "0.333" in table
+
+
+def test_no_detections_and_no_ground_truth():
+    result = score_detections(truth([(1, 1, BOX)]), [])
+    assert result.metrics["AP"] == 0.0
+    assert result.detections == []
+    result = score_detections(truth([]), found((1, 1, BOX, 0.9)))
+    assert math.isnan(result.metrics["AP"])
+    format_metrics(result)
+
+
+def test_difficult_objects_count_neither_found_nor_missed():
+    difficult = (1, 1, OTHER, {"ignore": 1})
+    normal = found((1, 1, BOX, 0.5))
+    assert score_detections(truth([(1, 1, BOX), difficult]), normal).metrics["AP50"] == pytest.approx(1.0)
+    both = normal + found((1, 1, OTHER, 0.9))
+    result = score_detections(truth([(1, 1, BOX), difficult]), both)
+    assert result.metrics["AP50"] == pytest.approx(1.0)
+    assert result.per_class[0]["objects"] == 1
+    # A second detection of a difficult object is false; of a crowd it is not.
+    twice = both + found((1, 1, OTHER, 0.8))
+    assert score_detections(truth([(1, 1, BOX), difficult]), twice).metrics["AP50"] == pytest.approx(0.5)
+    crowd = (1, 1, OTHER, {"ignore": 1, "iscrowd": 1})
+    assert score_detections(truth([(1, 1, BOX), crowd]), twice).metrics["AP50"] == pytest.approx(1.0)
+
+
+def test_ground_truth_is_left_as_it_was():
+    ground_truth = truth([(1, 1, BOX, {"ignore": 1})])
+    copy = [dict(a) for a in ground_truth["annotations"]]
+    score_detections(ground_truth, found((1, 1, BOX, 0.9)))
+    assert ground_truth["annotations"] == copy
+
+
+class Oracle(nn.Module):
+    """Returns the annotated boxes of the images in order, or nothing."""
+
+    def __init__(self, dataset, empty=False):
+        super().__init__()
+        self.targets = iter([dataset[i][1] for i in range(len(dataset))])
+        self.empty = empty
+
+    def forward(self, images):
+        outputs = []
+        for _ in images:
+            target = next(self.targets)
+            keep = slice(0, 0) if self.empty else slice(None)
+            outputs.append(
+                {
+                    "boxes": target["boxes"][keep],
+                    "labels": target["labels"][keep],
+                    "scores": torch.ones(len(target["boxes"]))[keep],
+                }
+            )
+        return outputs
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    return open_dataset(generate_shapes(tmp_path, train_images=1, val_images=6, image_size=64), "val")
+
+
+def test_evaluate_a_data_set(shapes):
+    model = Oracle(shapes).train()
+    result = evaluate(model, shapes, batch_size=4)
+    assert model.training
+    assert result.metrics["AP"] == pytest.approx(1.0)
+    assert result.images == 6
+    assert len(result.detections) == shapes.num_objects
+    assert evaluate(Oracle(shapes, empty=True), shapes).metrics["AP"] == 0.0
+
+
+def test_an_unreadable_image_is_reported_and_not_counted_as_missed(shapes):
+    model = Oracle(shapes)
+    shapes.records[5].path.write_bytes(b"bad")
+    result = evaluate(model, shapes)
+    assert result.images == 5
+    assert "broken image" in str(result.problems[0])
+    assert result.metrics["AP"] == pytest.approx(1.0)
+
+
+def test_coco_results_are_xywh(shapes):
+    shapes.category_ids = [11, 12, 13, 14]
+    output = {
+        "boxes": torch.tensor([[1.0, 2.0, 11.0, 22.0]]),
+        "scores": torch.tensor([0.5]),
+        "labels": torch.tensor([2]),
+    }
+    assert coco_results(output, 1, shapes) == [
+        {"image_id": 1, "category_id": 13, "bbox": [1, 2, 10, 20], "score": 0.5, "file_name": "000001.jpg"}
+    ]

@@ -1,0 +1,280 @@
+"""The model beside torchvision's: keys, initialisation, head outputs, losses, gradients, detections."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from retinanet_ext import models
+from retinanet_ext.models.anchors import AnchorGenerator
+from retinanet_ext.models.resnet import FrozenBatchNorm2d
+from retinanet_ext.models.transform import ImageTransform, resize_boxes
+
+pytest.importorskip("torchvision", reason="compares with torchvision")
+
+from torchvision.models import detection as tv_detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchors
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import resize_boxes as torchvision_resize_boxes
+from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+NUM_CLASSES = 7
+SMALL = dict(min_size=96, max_size=160)
+MAKERS = {
+    18: models.retinanet_resnet18_fpn,
+    34: models.retinanet_resnet34_fpn,
+    50: models.retinanet_resnet50_fpn,
+    101: models.retinanet_resnet101_fpn,
+}
+TORCHVISION_NORMS = {"batch": nn.BatchNorm2d, "frozen_batch": TorchvisionFrozenBatchNorm2d}
+
+
+def torchvision_model(depth, norm="batch", num_classes=NUM_CLASSES, **kwargs):
+    if depth == 50 and norm == "batch":
+        return tv_detection.retinanet_resnet50_fpn(
+            weights=None, weights_backbone=None, num_classes=num_classes, **kwargs
+        )
+    backbone = resnet_fpn_backbone(
+        backbone_name=f"resnet{depth}",
+        weights=None,
+        norm_layer=TORCHVISION_NORMS[norm],
+        trainable_layers=5,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    return tv_detection.RetinaNet(backbone, num_classes, **kwargs)
+
+
+def both(depth=18, norm="batch", ours_kwargs=None, **kwargs):
+    """torchvision's model and ours with the same weights, given the means to detect something."""
+    torch.manual_seed(depth)
+    theirs = torchvision_model(depth, norm, **kwargs)
+    for module in theirs.modules():
+        if hasattr(module, "running_var"):  # as if trained, so that evaluation has something to normalise by
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    nn.init.normal_(theirs.head.classification_head.cls_logits.weight, std=0.2)
+    nn.init.normal_(theirs.head.regression_head.bbox_reg.weight, std=0.05)
+    theirs.head.classification_head.cls_logits.bias.data.fill_(-3.0)
+    ours = MAKERS[depth](kwargs.pop("num_classes", NUM_CLASSES), norm=norm, **kwargs, **(ours_kwargs or {}))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def images_of(*sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(3, *size, generator=generator) for size in sizes]
+
+
+IMAGES = images_of((100, 140), (130, 90), (64, 200))
+
+
+def boxes_of(*rows):
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
+
+
+TARGETS = [
+    dict(
+        boxes=boxes_of((10, 10, 60, 70), (30, 30, 100, 90), (5, 60, 40, 95)), labels=torch.tensor([1, 6, 0])
+    ),
+    dict(boxes=boxes_of(), labels=torch.zeros(0, dtype=torch.int64)),
+    dict(boxes=boxes_of((100, 5, 180, 60)), labels=torch.tensor([3])),
+]
+
+
+# the second box touches no anchor: torchvision's rule gives all anchors their best box back
+FLOODING = dict(boxes=boxes_of((20, 20, 60, 60), (900, 900, 990, 990)), labels=torch.tensor([2, 4]))
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen_batch"])
+@pytest.mark.parametrize("depth", MAKERS)
+def test_state_dict_keys_order_and_shapes(depth, norm):
+    with torch.device("meta"):
+        theirs, ours = torchvision_model(depth, norm), MAKERS[depth](NUM_CLASSES, norm=norm)
+    expected = {key: (value.shape, value.dtype) for key, value in theirs.state_dict().items()}
+    assert {key: (value.shape, value.dtype) for key, value in ours.state_dict().items()} == expected
+    # the order of parameters too, which an optimizer's state goes by
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+
+
+def test_state_dicts_load_both_ways():
+    theirs, ours = both(18)
+    result = theirs.load_state_dict(models.retinanet_resnet18_fpn(NUM_CLASSES).state_dict(), strict=True)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    # a checkpoint of trainable BatchNorm fits a model of frozen BatchNorm
+    frozen = models.retinanet_resnet18_fpn(NUM_CLASSES, norm="frozen_batch")
+    frozen.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_initialisation_has_the_same_distribution():
+    torch.manual_seed(0)
+    theirs, ours = torchvision_model(18), models.retinanet_resnet18_fpn(NUM_CLASSES)
+    for (name, expected), found in zip(theirs.state_dict().items(), ours.state_dict().values(), strict=True):
+        if expected.dtype != torch.float32 or expected.std(correction=0) < 1e-6:
+            assert torch.equal(found, expected), name  # constants: biases, BatchNorm
+            continue
+        # two samples of n numbers: their standard deviations differ by about 1 / sqrt(n), relatively
+        tolerance = 6 / found.numel() ** 0.5
+        assert found.std() / expected.std() == pytest.approx(1, abs=tolerance), name
+        assert abs(found.mean()) / expected.std() < tolerance, name
+        # normal or uniform: mean absolute value over standard deviation is 0.798 or 0.866
+        shape = found.abs().mean() / found.std()
+        assert shape == pytest.approx(expected.abs().mean() / expected.std(), abs=tolerance), name
+
+
+def outputs(model, images):
+    """Class logits and deltas of each level, in the layout of the convolution."""
+    with torch.no_grad():
+        batch = model.transform(images)
+        features = model.backbone(batch[0].tensors if isinstance(batch[0], ImageList) else batch.tensor)
+        levels = list(features.values()) if isinstance(features, dict) else features
+        head = model.head
+        if isinstance(model, tv_detection.RetinaNet):
+            cls, reg = head.classification_head, head.regression_head
+            return [cls.cls_logits(cls.conv(lv)) for lv in levels], [
+                reg.bbox_reg(reg.conv(lv)) for lv in levels
+            ]
+        return head(levels)
+
+
+@pytest.mark.parametrize(
+    ("depth", "norm"), [(18, "frozen_batch"), (34, "batch"), (50, "batch"), (101, "batch")]
+)
+def test_head_outputs_are_the_same_bits(depth, norm):
+    theirs, ours = both(depth, norm, **SMALL)
+    for training in (False, True):
+        theirs.train(training)
+        ours.train(training)
+        for expected, found in zip(outputs(theirs, IMAGES[:2]), outputs(ours, IMAGES[:2]), strict=True):
+            assert len(found) == 5
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def loss_and_gradients(model, images, targets, dtype):
+    model = copy.deepcopy(model).to(dtype)
+    targets = [dict(target, boxes=target["boxes"].to(dtype)) for target in targets]
+    losses = model([image.to(dtype) for image in images], targets)
+    assert list(losses) == ["classification", "bbox_regression"]
+    sum(losses.values()).backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return torch.stack([loss.detach().double() for loss in losses.values()]), gradients
+
+
+@pytest.mark.parametrize(
+    ("norm", "policy", "targets"),
+    [
+        ("batch", "torchvision", TARGETS),
+        ("batch", "safe", TARGETS),
+        ("frozen_batch", "torchvision", TARGETS),
+        ("batch", "torchvision", [TARGETS[1]] * 3),
+        ("batch", "torchvision", [FLOODING, TARGETS[1], TARGETS[2]]),
+    ],
+    ids=["torchvision", "safe", "frozen_batch", "no objects", "flood"],
+)
+def test_losses_and_gradients(norm, policy, targets):
+    theirs, ours = both(18, norm, ours_kwargs=dict(match_policy=policy), **SMALL)
+    exact, exact_gradients = loss_and_gradients(theirs, IMAGES, targets, torch.float64)
+    found, gradients = loss_and_gradients(ours, IMAGES, targets, torch.float64)
+    assert found.tolist() == pytest.approx(exact.tolist(), rel=1e-6)  # the loss itself is float32
+    assert (gradients - exact_gradients).norm() <= 1e-9 * exact_gradients.norm()
+
+    theirs32, their_gradients = loss_and_gradients(theirs, IMAGES, targets, torch.float32)
+    ours32, our_gradients = loss_and_gradients(ours, IMAGES, targets, torch.float32)
+    # the networks agree to the bit; a sum of 1e5 float32 terms, pairwise, is good to (log2(1e5) + 10) / 2^24
+    assert ours32.tolist() == pytest.approx(theirs32.tolist(), rel=2e-6)
+    error, their_error = (g.double() - exact_gradients for g in (our_gradients, their_gradients))
+    assert error.norm() <= 2 * their_error.norm()
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen_batch"])
+def test_detections(norm):
+    for options in ({}, dict(score_thresh=0.2, nms_thresh=0.3, detections_per_img=17, topk_candidates=50)):
+        theirs, ours = both(18, norm, **SMALL, **options)
+        theirs.eval()
+        ours.eval()
+        with torch.no_grad():
+            expected, found = theirs(IMAGES), ours(IMAGES)
+        assert len(found) == 3
+        for a, b in zip(found, expected, strict=True):
+            assert len(b["boxes"]) > 10
+            assert torch.equal(a["boxes"], b["boxes"])
+            assert torch.equal(a["labels"], b["labels"])
+            torch.testing.assert_close(a["scores"], b["scores"], rtol=2**-22, atol=0)
+
+
+def test_training_steps_stay_together():
+    """Two optimizer steps: gradients reach every parameter, and BatchNorm keeps the same statistics."""
+    theirs, ours = both(18, ours_kwargs=dict(match_policy="torchvision"), **SMALL)
+    for _ in range(2):
+        for model in (theirs, ours):
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+            optimizer.zero_grad()
+            sum(model(IMAGES, TARGETS).values()).backward()
+            optimizer.step()
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("min_size", "max_size"), [(800, 1333), (96, 100), (64, 1000), ((64, 96), 500), (333, 333)]
+)
+def test_transform_is_the_same_bits(min_size, max_size):
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    theirs = GeneralizedRCNNTransform(min_size, max_size, mean, std).eval()
+    ours = ImageTransform(min_size, max_size).eval()
+    for sizes in ([(100, 140), (130, 90)], [(33, 33)], [(64, 96), (96, 64)], [(7, 250), (50, 50), (41, 99)]):
+        images = images_of(*sizes)
+        if min_size == 800:
+            images = images[:1]
+        expected, _ = theirs(images)
+        found = ours(images)
+        assert torch.equal(found.tensor, expected.tensors)
+        assert found.sizes == [tuple(size) for size in expected.image_sizes]
+        assert found.original_sizes == [tuple(image.shape[1:]) for image in images]
+        boxes = boxes_of((0.3, 1.7, 20, 30), (5, 5, 5.5, 7.25))
+        for size, new_size in zip(found.original_sizes, found.sizes, strict=True):
+            assert torch.equal(
+                resize_boxes(boxes, size, new_size), torchvision_resize_boxes(boxes, size, new_size)
+            )
+
+
+def test_anchors_are_the_same_bits():
+    ours = AnchorGenerator()
+    theirs = TorchvisionAnchors(ours.sizes, (ours.aspect_ratios,) * 5)
+    for height, width in ((800, 1344), (800, 1088), (96, 160), (32, 32), (224, 64)):
+        grids = [(height, width)]
+        for _ in range(7):
+            grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))
+        grids = grids[3:]
+        images = ImageList(torch.zeros(1, 1, height, width), [(height, width)])
+        expected = theirs(images, [torch.zeros(1, 1, *grid) for grid in grids])[0]
+        assert torch.equal(ours((height, width), grids), expected)
+    assert len(ours((800, 1344), [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)])) == 201_600
+
+
+def test_other_anchors_losses_and_detections():
+    sizes, ratios = tuple((s, int(1.5 * s)) for s in (16, 32, 64, 128, 256)), (0.5, 1.0)
+    generator = TorchvisionAnchors(sizes, (ratios,) * 5)
+    torch.manual_seed(3)
+    theirs = torchvision_model(18, anchor_generator=generator, **SMALL)
+    ours = models.retinanet_resnet18_fpn(
+        NUM_CLASSES, anchor_sizes=sizes, aspect_ratios=ratios, match_policy="torchvision", **SMALL
+    )
+    ours.load_state_dict(theirs.state_dict())
+    expected, found = theirs(IMAGES, TARGETS), ours(IMAGES, TARGETS)
+    for key, loss in expected.items():
+        assert found[key].item() == pytest.approx(loss.item(), rel=2e-6)
+
+
+def test_frozen_batch_norm_is_the_same_bits():
+    theirs, ours = TorchvisionFrozenBatchNorm2d(8), FrozenBatchNorm2d(8)
+    state = {key: torch.rand(8) for key in theirs.state_dict()}
+    theirs.load_state_dict(state)
+    ours.load_state_dict(state)
+    x = torch.randn(2, 8, 5, 3)
+    assert torch.equal(ours(x), theirs(x))

@@ -1,0 +1,306 @@
+"""detect against a loop over single candidates, and against torchvision's post-processing."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retinanet_ext import batched_nms, decode_boxes, detect
+
+GRIDS = [(5, 6), (3, 3), (1, 2)]
+A = 3
+NUM_ANCHORS = A * sum(h * w for h, w in GRIDS)
+SIZES = [(60, 90), (48, 64)]
+
+
+def make_case(num_classes=4, seed=0, dtype=torch.float32, batch=2, spread=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(batch, A * num_classes, h, w, generator=generator) * spread - 2 for h, w in GRIDS]
+    deltas = [torch.randn(batch, A * 4, h, w, generator=generator) * 0.3 for h, w in GRIDS]
+    corner = torch.rand(NUM_ANCHORS, 2, generator=generator) * 60
+    anchors = torch.cat([corner, corner + 10 + torch.rand(NUM_ANCHORS, 2, generator=generator) * 30], dim=1)
+    return [level.to(dtype) for level in logits], [level.to(dtype) for level in deltas], anchors
+
+
+def as_rows(level, columns):
+    batch, channels, height, width = level.shape
+    level = level.reshape(batch, channels // columns, columns, height, width)
+    return level.permute(0, 3, 4, 1, 2).reshape(batch, -1, columns)
+
+
+def detect_loop(logits, deltas, anchors, sizes, score_thresh, topk, nms_thresh, max_detections, clip_first):
+    """Candidates as Python tuples. Suppression itself is batched_nms, which has tests of its own."""
+    found = []
+    for image in range(len(sizes)):
+        chosen, first_anchor = [], 0
+        for level_logits, level_deltas in zip(logits, deltas, strict=True):
+            num_classes = level_logits.shape[1] * 4 // level_deltas.shape[1]
+            rows = as_rows(level_logits, num_classes)[image].float()
+            scores = torch.sigmoid(rows)
+            candidates = [
+                (-rows[n, k].item(), (first_anchor + n) * num_classes + k, scores[n, k].item())
+                for n in range(rows.shape[0])
+                for k in range(num_classes)
+                if scores[n, k] > torch.tensor(score_thresh)
+            ]
+            chosen += sorted(candidates)[:topk]
+            first_anchor += rows.shape[0]
+        chosen.sort()
+        indices = torch.tensor([index for _, index, _ in chosen], dtype=torch.int64)
+        scores = torch.tensor([score for _, _, score in chosen])
+        rank = torch.arange(len(chosen), 0, -1).float()
+        all_deltas = torch.cat([as_rows(level, 4)[image] for level in deltas]).float()
+        boxes = decode_boxes(all_deltas[indices // num_classes], anchors[indices // num_classes])
+        limit = torch.tensor([sizes[image][1], sizes[image][0]] * 2)
+        clipped = boxes.clamp(min=0).minimum(limit.float())
+        keep = batched_nms(clipped if clip_first else boxes, rank, indices % num_classes, nms_thresh)
+        keep = keep[:max_detections]
+        found.append((clipped[keep], scores[keep], indices[keep] % num_classes, indices[keep]))
+    return found
+
+
+def assert_same_detections(found, expected, max_detections):
+    assert found.boxes.shape == (len(expected), max_detections, 4)
+    assert (found.labels.dtype, found.indices.dtype, found.counts.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.int32,
+    )
+    for image, (boxes, scores, labels, indices) in enumerate(expected):
+        count = found.counts[image].item()
+        assert count == len(indices)
+        assert torch.equal(found.indices[image, :count], indices)
+        assert torch.equal(found.labels[image, :count], labels)
+        assert torch.equal(found.boxes[image, :count], boxes)
+        # the vectorised and the plain sigmoid of PyTorch differ in the last place
+        torch.testing.assert_close(found.scores[image, :count], scores, rtol=2**-22, atol=0)
+        assert (found.boxes[image, count:] == 0).all()
+        assert (found.scores[image, count:] == 0).all()
+        assert (found.labels[image, count:] == -1).all()
+        assert (found.indices[image, count:] == -1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    num_classes=st.sampled_from([1, 2, 5]),
+    coarse=st.booleans(),
+    topk=st.sampled_from([0, 1, 7, 1000]),
+    nms_thresh=st.sampled_from([0.0, 0.3, 0.5]),
+    max_detections=st.sampled_from([0, 1, 10, 300]),
+    clip_first=st.booleans(),
+)
+def test_agrees_with_a_loop(seed, num_classes, coarse, topk, nms_thresh, max_detections, clip_first):
+    logits, deltas, anchors = make_case(num_classes, seed)
+    if coarse:  # few different logits: ties at every step, also across the cut at top-k
+        logits = [level.round() for level in logits]
+    expected = detect_loop(logits, deltas, anchors, SIZES, 0.1, topk, nms_thresh, max_detections, clip_first)
+    found = detect(
+        logits,
+        deltas,
+        anchors,
+        SIZES,
+        score_thresh=0.1,
+        topk_per_level=topk,
+        nms_thresh=nms_thresh,
+        max_detections=max_detections,
+        clip_before_nms=clip_first,
+    )
+    assert_same_detections(found, expected, max_detections)
+
+
+@pytest.mark.parametrize(("topk", "max_detections"), [(1000, 300), (40, 20)])
+def test_torchvision_postprocess_detections(topk, max_detections):
+    tv = pytest.importorskip("torchvision.models.detection.retinanet", reason="compares with torchvision")
+    from torchvision.models.detection._utils import BoxCoder
+
+    model = SimpleNamespace(
+        score_thresh=0.05,
+        topk_candidates=topk,
+        nms_thresh=0.5,
+        detections_per_img=max_detections,
+        box_coder=BoxCoder((1.0, 1.0, 1.0, 1.0)),
+    )
+    for seed in range(5):
+        logits, deltas, anchors = make_case(6, seed)
+        outputs = {
+            "cls_logits": [as_rows(level, 6) for level in logits],
+            "bbox_regression": [as_rows(level, 4) for level in deltas],
+        }
+        split = list(anchors.split([A * h * w for h, w in GRIDS]))
+        expected = tv.RetinaNet.postprocess_detections(model, outputs, [split, split], SIZES)
+        found = detect(logits, deltas, anchors, SIZES, topk_per_level=topk, max_detections=max_detections)
+        for image in range(2):
+            count = found.counts[image]
+            assert torch.equal(found.boxes[image, :count], expected[image]["boxes"])
+            assert torch.equal(found.labels[image, :count], expected[image]["labels"])
+            torch.testing.assert_close(
+                found.scores[image, :count], expected[image]["scores"], rtol=2**-22, atol=0
+            )
+
+
+def test_layouts_agree_to_the_bit():
+    logits, deltas, anchors = make_case()
+    expected = detect(logits, deltas, anchors, SIZES)
+    assert expected.counts.min() > 5
+    channels_last = [
+        [level.contiguous(memory_format=torch.channels_last) for level in levels]
+        for levels in (logits, deltas)
+    ]
+    rows = [[as_rows(level, 4) for level in levels] for levels in (logits, deltas)]
+    strided = [[lv.repeat_interleave(2, dim=3)[..., ::2] for lv in levels] for levels in (logits, deltas)]
+    for other_logits, other_deltas in (channels_last, rows, strided):
+        found = detect(other_logits, other_deltas, anchors, SIZES)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for sizes in (torch.tensor(SIZES), torch.tensor(SIZES, dtype=torch.int32), torch.tensor(SIZES).float()):
+        found = detect(logits, deltas, anchors.expand(2, -1, -1), sizes)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_one_tensor_is_one_level():
+    logits, deltas, anchors = make_case()
+    rows = (
+        torch.cat([as_rows(level, 4) for level in logits], 1),
+        torch.cat([as_rows(lv, 4) for lv in deltas], 1),
+    )
+    found = detect(*rows, anchors, SIZES, topk_per_level=9)
+    assert found.counts.max() <= 9
+    whole = detect(*rows, anchors, SIZES)
+    by_level = detect(logits, deltas, anchors, SIZES)
+    assert all(torch.equal(a, b) for a, b in zip(whole, by_level, strict=True))
+
+
+def single(logits, anchors=None, **options):
+    """detect for one image of 100 x 100, one level [n, K], deltas of zero."""
+    logits = torch.tensor(logits)
+    if anchors is None:  # far from each other
+        corner = torch.arange(len(logits)).float()[:, None] * 4
+        anchors = torch.cat([corner, corner, corner + 2, corner + 2], dim=1)
+    deltas = torch.zeros(1, len(logits), 4)
+    return detect(logits[None], deltas, torch.as_tensor(anchors), [(100, 100)], **options)
+
+
+def test_score_threshold_is_strict():
+    assert single([[0.0]], score_thresh=0.5).counts.tolist() == [0]  # sigmoid(0) is 0.5
+    assert single([[1e-6]], score_thresh=0.5).counts.tolist() == [1]
+    assert single([[-200.0], [200.0]], score_thresh=0.0).scores[0, 0] == 1
+    assert single([[-200.0]], score_thresh=0.0).counts.tolist() == [0]  # underflows to 0
+
+
+def test_order_and_ties_are_by_logit_then_index():
+    # all three have a float32 score of exactly 1: the logit still orders them
+    assert single([[30.0], [50.0], [40.0]]).indices[0, :3].tolist() == [1, 2, 0]
+    tied = [[1.0, 2.0], [2.0, 1.0], [-0.0, 0.0]]
+    assert single(tied).indices[0, :6].tolist() == [1, 2, 0, 3, 4, 5]
+    assert single(tied, topk_per_level=1).indices[0, :2].tolist() == [1, -1]
+    assert single([[1.0]] * 20, topk_per_level=7, max_detections=7).indices[0].tolist() == list(range(7))
+
+
+def test_nan_and_infinite_logits():
+    found = single([[float("nan")], [float("inf")], [0.0], [float("-inf")]])
+    assert found.indices[0, :3].tolist() == [1, 2, -1]
+    assert found.scores[0, :2].tolist() == [1.0, 0.5]
+
+
+def test_suppression_is_within_a_class():
+    same = torch.tensor([[0.0, 0, 50, 50], [0, 0, 50, 50]])
+    found = single([[3.0, 2.0], [2.5, 1.0]], same)
+    assert found.indices[0, :3].tolist() == [0, 1, -1]
+    assert found.labels[0, :2].tolist() == [0, 1]
+
+
+def test_clipping_before_or_after_suppression():
+    # clipped to the image the two are one box; unclipped their IoU is 0.2
+    anchors = torch.tensor([[50.0, 0, 100, 100], [50.0, 0, 300, 100]])
+    assert single([[1.0], [0.0]], anchors).indices[0, :2].tolist() == [0, -1]
+    found = single([[1.0], [0.0]], anchors, clip_before_nms=False)
+    assert found.indices[0, :2].tolist() == [0, 1]
+    assert found.boxes[0, :2].tolist() == [[50.0, 0, 100, 100]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_scored_and_decoded_in_float32(dtype):
+    logits, deltas, anchors = make_case(dtype=dtype, spread=1.0)  # bfloat16 has ties in plenty
+    found = detect(logits, deltas, anchors, SIZES)
+    expected = detect([lv.float() for lv in logits], [lv.float() for lv in deltas], anchors, SIZES)
+    assert found.boxes.dtype == found.scores.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_float64_stays_float64():
+    logits, deltas, anchors = make_case(dtype=torch.float64)
+    found = detect(logits, deltas, anchors.double(), SIZES)
+    assert found.boxes.dtype == found.scores.dtype == torch.float64
+
+
+def test_nothing_to_detect_and_empty_inputs():
+    logits, deltas, anchors = make_case()
+    found = detect([level - 1000 for level in logits], deltas, anchors, SIZES, max_detections=5)
+    assert found.counts.tolist() == [0, 0]
+    assert (found.indices == -1).all()
+    none = detect([lv[:0] for lv in logits], [lv[:0] for lv in deltas], anchors, [], max_detections=5)
+    assert none.boxes.shape == (0, 5, 4)
+    no_anchors = detect(
+        torch.zeros(2, 0, 3), torch.zeros(2, 0, 4), torch.zeros(0, 4), SIZES, max_detections=5
+    )
+    assert no_anchors.counts.tolist() == [0, 0]
+    empty_level = [torch.zeros(2, A * 4, 0, 7)]
+    found = detect([*logits, *empty_level], [*deltas, *empty_level], anchors, SIZES)
+    assert torch.equal(found.indices, detect(logits, deltas, anchors, SIZES).indices)
+
+
+def test_results_carry_no_graph():
+    logits, deltas, anchors = make_case()
+    found = detect(
+        [lv.requires_grad_() for lv in logits], [lv.requires_grad_() for lv in deltas], anchors, SIZES
+    )
+    assert not any(tensor.requires_grad for tensor in found)
+
+
+LOGITS, DELTAS, ANCHORS = make_case()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (dict(cls_logits=3), TypeError, "cls_logits: expected a tensor or a list of tensors, got int"),
+        (dict(cls_logits=LOGITS[:2]), ValueError, "expected as many levels.*got 2 and 3"),
+        (dict(cls_logits=[], box_deltas=[]), ValueError, "at least one"),
+        (
+            dict(cls_logits=[lv.long() for lv in LOGITS]),
+            TypeError,
+            r"cls_logits\[0\]: expected a floating tensor",
+        ),
+        (
+            dict(cls_logits=[LOGITS[0].half(), *LOGITS[1:]]),
+            TypeError,
+            r"cls_logits\[1\]: expected torch.float16",
+        ),
+        (
+            dict(cls_logits=[LOGITS[0][:, :-1], *LOGITS[1:]]),
+            ValueError,
+            r"cls_logits\[0\], box_deltas\[0\]: expected",
+        ),
+        (
+            dict(cls_logits=[LOGITS[0][:, :9], *LOGITS[1:]]),
+            ValueError,
+            r"same number of classes.*got \[3, 4\]",
+        ),
+        (dict(box_deltas=[DELTAS[0][:1], *DELTAS[1:]]), ValueError, "expected a batch of 2 at each level"),
+        (dict(anchors=ANCHORS[1:]), ValueError, "anchors: expected 123, as many as box_deltas, got 122"),
+        (dict(image_sizes=SIZES[:1]), ValueError, "image_sizes: expected 2 pairs"),
+        (
+            dict(image_sizes=torch.zeros(2, 3)),
+            ValueError,
+            r"image_sizes: expected shape \[2, 2\], got \[2, 3\]",
+        ),
+        (dict(topk_per_level=-1), ValueError, "topk_per_level: expected at least 0, got -1"),
+        (dict(max_detections=-1), ValueError, "max_detections: expected at least 0, got -1"),
+    ],
+)
+def test_errors_name_the_argument(change, error, text):
+    arguments = dict(cls_logits=LOGITS, box_deltas=DELTAS, anchors=ANCHORS, image_sizes=SIZES) | change
+    with pytest.raises(error, match="detect: .*" + text):
+        detect(**arguments)
