@@ -1,0 +1,189 @@
+"""What the build decides and what it says when it cannot work: build_support, asked as pip's hooks ask it.
+
+Real installs (with and without CUDA, with the compiler from PyPI, from an sdist, editable) are steps of .ci/run.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "build_support").is_dir(), reason="the sources are not beside the tests"
+)
+
+
+@pytest.fixture
+def site_packages(tmp_path):
+    """A site-packages folder with a torch that has headers and a version, and nothing else."""
+
+    def make(version: str, cuda: str | None, folder: str = "site-packages") -> Path:
+        site = tmp_path / folder
+        headers = site / "torch/include/torch/csrc/stable"
+        headers.mkdir(parents=True)
+        (headers / "library.h").touch()
+        (site / "torch/version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+        return site
+
+    return make
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """A PATH of its own, with a C++ compiler and whatever else a test puts there."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def add(name: str, script: str) -> Path:
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(path.stat().st_mode | stat.S_IEXEC)
+        return path
+
+    add("c++", "exit 0")
+    add.folder = folder
+    return add
+
+
+def fake_nvcc(version: str, archs: str = "compute_80 compute_90") -> str:
+    listing = "\n".join(f"echo {arch}" for arch in archs.split())
+    return (
+        f'case "$1" in\n--version) echo "Cuda compilation tools, release {version}, V{version}.1" ;;\n'
+        f"--list-gpu-arch) {listing} ;;\nesac"
+    )
+
+
+def ask(site: Path, programs, **environment: str) -> subprocess.CompletedProcess:
+    """The requirements hook, in a process whose target environment is `site`."""
+    code = (
+        "import sys; from pathlib import Path; from build_support import backend, toolchain\n"
+        "toolchain.candidate_site_packages = lambda: [Path(sys.argv[1])]\n"
+        "print(backend._missing_requirements())"
+    )
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RETINANET_EXT", "CUDA", "TORCH_CUDA", "CXX"))
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code, str(site)],
+        cwd=ROOT,
+        env={**clean, "PATH": f"{programs.folder}:/bin", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_cpu_torch_needs_nothing_more(site_packages, programs):
+    result = ask(site_packages("2.13.0+cpu", None), programs)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_torch_is_added_to_the_build_environment(tmp_path, programs):
+    result = ask(tmp_path, programs)
+    assert result.stdout.strip() == "['torch>=2.10']", result.stderr
+
+
+def test_cuda_torch_without_nvcc_takes_the_compiler_of_its_own_version(site_packages, programs):
+    result = ask(site_packages("2.11.0+cu130", "13.0"), programs)
+    assert result.returncode == 0, result.stderr
+    for package in ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime"):
+        assert f"{package}==13.0.*" in result.stdout
+
+
+def test_cuda_can_be_declined(site_packages, programs):
+    result = ask(site_packages("2.11.0+cu130", "13.0"), programs, RETINANET_EXT_CUDA="0")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def assert_refused(result: subprocess.CompletedProcess, *parts: str) -> None:
+    assert result.returncode != 0
+    assert "retinanet_ext cannot be built here" in result.stderr
+    assert "Traceback" not in result.stderr
+    for part in (*parts, "Mend it with"):
+        assert part in result.stderr
+
+
+def test_cuda_12_torch_without_nvcc_asks_for_a_toolkit(site_packages, programs):
+    result = ask(site_packages("2.10.0+cu128", "12.8"), programs)
+    assert_refused(result, "no nvcc was found", "CUDA 12.8 toolkit", "CUDA_HOME=")
+
+
+def test_cuda_wanted_where_nothing_can_compile(site_packages, programs):
+    result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1")
+    assert_refused(result, "no nvcc was found", "CUDA_HOME=", "RETINANET_EXT_CUDA=0 pip install .")
+
+
+def test_compiler_of_another_cuda_major(site_packages, programs):
+    programs("nvcc", fake_nvcc("12.4"))
+    result = ask(site_packages("2.11.0+cu130", "13.0"), programs)
+    assert_refused(result, "nvcc is of CUDA 12.4", "built for CUDA 13.0", "CUDA_HOME=/path/to/cuda-13")
+
+
+def test_unsupported_compiler(site_packages, programs):
+    programs("nvcc", fake_nvcc("11.8"))
+    result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert_refused(result, "nvcc 11.8", "CUDA 12 and 13")
+
+
+@pytest.mark.parametrize(
+    ("archs", "words"),
+    [("9.9", "does not compile for (it knows 8.0, 9.0)"), ("sm_90", "entries look like 9.0"), ("8.0;5.2", "5.2")],
+)
+def test_unsupported_arch_list(site_packages, programs, archs, words):
+    programs("nvcc", fake_nvcc("13.0"))
+    site = site_packages("2.13.0+cpu", None)
+    assert_refused(ask(site, programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST=archs), words)
+
+
+def test_cpu_torch_with_cuda_needs_an_arch_list(site_packages, programs):
+    programs("nvcc", fake_nvcc("13.0"))
+    result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1")
+    assert_refused(result, "names no GPU architectures", 'TORCH_CUDA_ARCH_LIST="9.0"')
+
+
+def test_no_cxx_compiler(site_packages, programs):
+    (programs.folder / "c++").unlink()
+    result = ask(site_packages("2.13.0+cpu", None), programs, PATH=str(programs.folder))
+    assert_refused(result, "no C++ compiler was found", "apt-get install g++")
+
+
+def test_cxx_names_a_missing_compiler(site_packages, programs):
+    result = ask(site_packages("2.13.0+cpu", None), programs, CXX="no-such-compiler")
+    assert_refused(result, "CXX=no-such-compiler")
+
+
+def test_outdated_torch(site_packages, programs):
+    result = ask(site_packages("2.9.1", None), programs)
+    assert_refused(result, "torch 2.9.1", "2.10 or newer", "pip install --upgrade")
+
+
+def test_cuda_home_without_a_toolkit(site_packages, programs, tmp_path):
+    result = ask(site_packages("2.11.0+cu130", "13.0"), programs, CUDA_HOME=str(tmp_path / "nowhere"))
+    assert_refused(result, "there is no bin/nvcc in it")
+
+
+def test_unknown_cuda_setting(site_packages, programs):
+    result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="yes")
+    assert result.returncode != 0
+    assert "must be auto, 1 or 0, and it is 'yes'" in result.stderr
+
+
+def test_arch_list_in_cmake_notation():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from build_support import toolchain
+    finally:
+        sys.path.remove(str(ROOT))
+    supported = ["80", "90", "90a", "100"]
+    assert toolchain.parse_arch_list("8.0;9.0+PTX", supported) == ["80-real", "90"]
+    assert toolchain.parse_arch_list("8.0 9.0a 10.0+PTX", supported) == ["80-real", "90a-real", "100"]

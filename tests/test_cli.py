@@ -1,0 +1,212 @@
+"""The command, end to end on a tiny data set: exit status, files, messages."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+for module in ("PIL.Image", "pycocotools", "matplotlib", "tqdm"):
+    pytest.importorskip(module, reason=f"{module} is not installed")
+
+from retinanet_ext.cli import main, make_parser  # noqa: E402
+from retinanet_ext.data import generate_shapes  # noqa: E402
+
+TINY = "--arch resnet18 --min-size 32 --max-size 64 --anchor-sizes 8 16 32 64 128 --batch-size 2 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return generate_shapes(tmp_path_factory.mktemp("data"), train_images=4, val_images=2, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "train"
+    assert main(["train", str(data), "--epochs", "1", "--run-dir", str(run_dir), *TINY]) == 0
+    return run_dir
+
+
+def run(capsys, *argv):
+    """Exit status, standard output, standard error."""
+    status = main([str(argument) for argument in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_train_writes_a_run(trained):
+    assert (trained / "weights" / "best.pt").is_file()
+    assert json.loads((trained / "args.json").read_text())["arch"] == "resnet18"
+
+
+def test_train_resumes_further(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    status, out, _ = run(capsys, "train", "--resume", tmp_path / "run", "--epochs", "2")
+    assert status == 0
+    assert "after epoch 1 of 2" in out
+    assert len((tmp_path / "run" / "results.csv").read_text().splitlines()) == 3
+
+
+def test_val(trained, data, tmp_path, capsys):
+    status, out, _ = run(
+        capsys, "val", trained / "weights" / "best.pt", data, "--run-dir", tmp_path / "val", "--device", "cpu"
+    )
+    assert status == 0
+    assert "AP50" in out
+    assert "triangle" in out
+    names = {path.name for path in (tmp_path / "val").iterdir()}
+    assert names == {"problems.txt", "metrics.json", "per_class.csv", "detections.json", "PR_curve.png"}
+    assert json.loads((tmp_path / "val" / "metrics.json").read_text())["images"] == 2
+
+
+def test_predict_on_folder_file_and_list(trained, data, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text(f"{data / 'val' / '000002.jpg'}\n")
+    status, out, _ = run(
+        capsys,
+        *("predict", trained / "weights" / "best.pt", data / "val", data / "train" / "000001.jpg"),
+        *(tmp_path / "list.txt", "--min-score", "0.001", "--score", "0.005", "--run-dir", tmp_path / "out"),
+        *("--device", "cpu"),
+    )
+    assert status == 0
+    assert "4 images" in out
+    pictures = sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir())
+    assert pictures == ["000001.jpg", "000001_2.jpg", "000002.jpg", "000002_2.jpg"]
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [category["name"] for category in content["categories"]] == ["disc", "square", "triangle", "star"]
+    assert len(content["annotations"]) > 0
+    assert {"image_id", "category_id", "bbox", "score", "id"} <= content["annotations"][0].keys()
+    assert len(content["images"]) == 4
+
+
+def test_predict_goes_on_past_an_unreadable_image(trained, data, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("no image")
+    status, out, err = run(
+        capsys,
+        *("predict", trained / "weights" / "best.pt", tmp_path / "bad.png", tmp_path / "none.png"),
+        *(data / "val" / "000001.jpg", "--run-dir", tmp_path / "out", "--device", "cpu"),
+    )
+    assert status == 1
+    assert "1 images" in out
+    assert "2 problems, first:" in err
+    assert "bad.png: broken image" in (tmp_path / "out" / "problems.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "/nowhere/at/all"], "/nowhere/at/all: no such file or folder"),
+        (["train"], "DATA is missing"),
+        (["train", "x", "--resume", "y"], "--resume takes DATA and --run-dir from the run"),
+        (["train", "--resume", "/nowhere"], "not a run folder"),
+        (["train", "{data}", "--lr", "-1", "--run-dir", "{tmp}"], "lr: expected a number > 0, got -1.0"),
+        (["train", "{data}", "--val-split", "no", "--run-dir", "{tmp}"], "--no-val trains without one"),
+        (["train", "{data}", "--hflip", "2", "--run-dir", "{tmp}"], "expected a probability"),
+        (["val", "/nowhere.pt", "{data}"], "/nowhere.pt: no such checkpoint"),
+        (["val", "{data}/annotations/instances_val.json", "{data}"], "not a checkpoint"),
+        (["predict", "{weights}", "{data}/val", "--device", "abacus"], "device: expected auto, cpu or cuda"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_1(argv, message, data, trained, tmp_path, capsys):
+    places = {"data": data, "tmp": tmp_path / "run", "weights": trained / "weights" / "best.pt"}
+    status, _, err = run(capsys, *(argument.format(**places) for argument in argv))
+    assert status == 1
+    assert message in err
+    assert err.startswith(f"retinanet-ext {argv[0]}: error: ")
+    assert "Traceback" not in err
+
+
+def test_a_defect_is_not_hidden(monkeypatch):
+    from retinanet_ext.engine import commands
+
+    monkeypatch.setattr(commands, "run_env", lambda arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["env"])
+
+
+def test_out_of_gpu_memory_is_explained(monkeypatch, capsys):
+    from retinanet_ext.engine import commands
+
+    def fail(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(commands, "run_train", fail)
+    status, _, err = run(capsys, "train", "x")
+    assert status == 1
+    assert "try a smaller --batch-size" in err
+
+
+def test_interruption(monkeypatch, data, tmp_path, capsys):
+    from retinanet_ext.engine.train import Training
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "fit", interrupt)
+    status, _, err = run(capsys, "train", data, "--run-dir", tmp_path / "run", "--no-val", *TINY)
+    assert status == 130
+    assert f"retinanet-ext train --resume {tmp_path / 'run'}" in err
+
+
+@pytest.mark.parametrize("missing", ["PIL", "pycocotools", "matplotlib", "tqdm"])
+def test_a_missing_extra_is_named_with_its_command(missing, monkeypatch, data, tmp_path, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    status, _, err = run(capsys, "train", data, "--run-dir", tmp_path / "run", *TINY)
+    assert status == 1
+    assert 'pip install "retinanet-ext[train]"' in err
+    assert {"PIL": "Pillow"}.get(missing, missing) in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "val", "predict", "demo", "env"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        make_parser().parse_args([command, "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "examples:" in out
+    assert f"retinanet-ext {command}" in out
+
+
+def test_wrong_arguments_are_status_2(capsys):
+    for argv in ([], ["fly"], ["train", "x", "--epochs", "many"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_env_prints_problems_and_fails_with_them(monkeypatch, capsys):
+    import types
+
+    report = types.ModuleType("retinanet_ext.diagnostics")
+    report.environment_report = lambda: ("versions", ["no compiler"])
+    monkeypatch.setitem(sys.modules, "retinanet_ext.diagnostics", report)
+    status, out, _ = run(capsys, "env")
+    assert status == 1
+    assert out == "versions\nproblem: no compiler\n"
+    report.environment_report = lambda: ("versions", [])
+    assert run(capsys, "env")[0] == 0
+
+
+def test_demo_in_small(tmp_path, capsys):
+    from retinanet_ext.engine.demo import run_demo
+
+    result = run_demo(tmp_path / "demo", epochs=1, train_images=4, val_images=2, device="cpu")
+    assert 0.0 <= result.ap50 <= 1.0
+    assert all(picture.is_file() for picture in result.pictures)
+    assert "AP50" in capsys.readouterr().out
+
+
+def test_demo_fails_if_it_falls_short(monkeypatch, tmp_path, capsys):
+    from retinanet_ext.engine import demo
+
+    for ap50, expected in ((0.5, 1), (float("nan"), 1), (0.9, 0)):
+        result = demo.DemoResult(tmp_path, 0.4, ap50, 1.0, ())
+        monkeypatch.setattr(demo, "run_demo", lambda *args, _result=result, **kwargs: _result)
+        status, out, err = run(capsys, "demo", "--run-dir", tmp_path)
+        assert status == expected
+        assert "retinanet-ext predict" in out
+        assert ("below the 0.8" in err) == bool(expected)

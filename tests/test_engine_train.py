@@ -1,0 +1,329 @@
+"""Training: the same seed gives the same run, a resumed run equals an uninterrupted one, bad losses stop it."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+for module in ("PIL.Image", "pycocotools", "matplotlib", "tqdm"):
+    pytest.importorskip(module, reason=f"{module} is not installed")
+
+from retinanet_ext.data import DatasetError, generate_shapes, make_loader, open_dataset  # noqa: E402
+from retinanet_ext.engine.checkpoint import CheckpointError, load_checkpoint, load_model  # noqa: E402
+from retinanet_ext.engine.config import TrainConfig, octaves, resolve_device, resume_config  # noqa: E402
+from retinanet_ext.engine.loop import TrainingError, train_steps  # noqa: E402
+from retinanet_ext.engine.run_folder import RunFolder, RunFolderError, next_run_dir  # noqa: E402
+from retinanet_ext.engine.schedule import make_optimizer, make_scheduler, rate_factor  # noqa: E402
+from retinanet_ext.engine.train import Training  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return generate_shapes(tmp_path_factory.mktemp("data"), train_images=5, val_images=2, image_size=32)
+
+
+def tiny(data, **changes):
+    settings = {
+        "data": str(data),
+        "arch": "resnet18",
+        "min_size": (32, 40),
+        "max_size": 64,
+        "anchor_sizes": (8, 16, 32, 64, 128),
+        "epochs": 3,
+        "batch_size": 2,
+        "vflip": 0.5,
+        "device": "cpu",
+    }
+    return TrainConfig(**{**settings, **changes})
+
+
+def quiet(_):
+    pass
+
+
+def rows(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def assert_same_weights(a, b):
+    first, second = load_checkpoint(a)["model"], load_checkpoint(b)["model"]
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_after(epoch):
+    def check(training):
+        if training.epoch == epoch:
+            raise Interrupted
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def full_run(data, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "full"
+    result = Training(tiny(data), run_dir, say=quiet).fit()
+    return RunFolder(run_dir), result
+
+
+def test_run_folder_is_complete(full_run, data):
+    run, result = full_run
+    files = {path.name for path in run.root.iterdir()}
+    assert files == {
+        "args.json",
+        "results.csv",
+        "steps.csv",
+        "problems.txt",
+        "metrics.json",
+        "per_class.csv",
+        "detections.json",
+        "PR_curve.png",
+        "results.png",
+        "weights",
+    }
+    assert {path.name for path in run.last.parent.iterdir()} == {"last.pt", "best.pt"}
+    assert run.problems.read_text() == ""
+    results, steps = rows(run.results), rows(run.steps)
+    assert [row["epoch"] for row in results] == ["1", "2", "3"]
+    assert [row["step"] for row in steps] == [str(i) for i in range(1, 7)]
+    for row in results:
+        own = [s for s in steps if s["epoch"] == row["epoch"]]
+        for name in ("classification", "bbox_regression", "total", "foreground"):
+            mean = sum(float(s[name]) for s in own) / len(own)
+            assert float(row[name]) == pytest.approx(mean, rel=1e-6)
+        assert float(row["AP"]) >= 0.0
+        assert float(row["seconds_per_step"]) > 0.0
+    assert float(results[-1]["AP"]) == pytest.approx(result.metrics["AP"], abs=1e-6)
+    best = max(float(row["AP"]) for row in results)
+    assert load_checkpoint(run.best)["best"] == pytest.approx(best, abs=1e-6)
+    metrics = json.loads((run.root / "metrics.json").read_text())
+    assert metrics["AP"] == pytest.approx(best, abs=1e-6)
+    assert isinstance(json.loads((run.root / "detections.json").read_text()), list)
+    assert [row["class"] for row in rows(run.root / "per_class.csv")] == ["disc", "square", "triangle", "star"]
+    assert load_model(run.best)[1] == ["disc", "square", "triangle", "star"]
+
+
+def test_same_seed_same_run(full_run, data, tmp_path):
+    run, _ = full_run
+    Training(tiny(data), tmp_path / "again", say=quiet).fit()
+    again = RunFolder(tmp_path / "again")
+    assert_same_weights(run.last, again.last)
+    for a, b in zip(rows(run.steps), rows(again.steps), strict=True):
+        assert {**a, "seconds": ""} == {**b, "seconds": ""}
+
+
+def test_another_seed_another_run(full_run, data, tmp_path):
+    run, _ = full_run
+    Training(tiny(data, epochs=1, seed=1, validate_every=0), tmp_path / "other", say=quiet).fit()
+    assert rows(RunFolder(tmp_path / "other").steps)[0]["total"] != rows(run.steps)[0]["total"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_equals_the_uninterrupted_one(full_run, data, tmp_path, workers):
+    run, _ = full_run
+    with pytest.raises(Interrupted):
+        Training(tiny(data), tmp_path / "run", say=quiet).fit(on_epoch_end=stop_after(1))
+    # What a crash in the middle of the next epoch leaves behind.
+    with open(tmp_path / "run" / "steps.csv", "a") as stream:
+        stream.write("3,2,1.0,1.0,2.0,1.0,0.1,0.1\n4,2,1.")
+    torch.rand(5)
+    config = resume_config(tmp_path / "run", workers=workers)
+    Training(config, tmp_path / "run", resume=True, say=quiet).fit()
+    resumed = RunFolder(tmp_path / "run")
+    assert_same_weights(run.last, resumed.last)
+    assert_same_weights(run.best, resumed.best)
+    for a, b in zip(rows(run.steps), rows(resumed.steps), strict=True):
+        assert {**a, "seconds": ""} == {**b, "seconds": ""}
+    timed = {"seconds_per_step": "", "val_seconds": ""}
+    for a, b in zip(rows(run.results), rows(resumed.results), strict=True):
+        assert {**a, **timed} == {**b, **timed}
+    optimizers = [load_checkpoint(r.last)["optimizer"]["state"] for r in (run, resumed)]
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*(o.values() for o in optimizers), strict=True))
+
+
+def test_a_finished_run_resumes_to_nothing_or_goes_further(full_run, data, tmp_path):
+    Training(tiny(data, epochs=1, validate_every=0), tmp_path / "run", say=quiet).fit()
+    run = RunFolder(tmp_path / "run")
+    assert Training(resume_config(run.root), run.root, resume=True, say=quiet).fit() is None
+    assert len(rows(run.results)) == 1
+    assert_same_weights(run.last, run.best)
+    Training(resume_config(run.root, epochs=2), run.root, resume=True, say=quiet).fit()
+    assert [row["epoch"] for row in rows(run.results)] == ["1", "2"]
+    assert resume_config(run.root).epochs == 2
+
+
+def test_resume_refuses_what_is_no_run(data, tmp_path):
+    with pytest.raises(RunFolderError, match=r"not a run folder: it holds no args\.json"):
+        resume_config(tmp_path)
+    run = RunFolder(tmp_path / "run")
+    run.start(dataclasses.asdict(tiny(data)))
+    with pytest.raises(RunFolderError, match="nothing to resume"):
+        Training(resume_config(run.root), run.root, resume=True, say=quiet)
+    with pytest.raises(RunFolderError, match=r"holds a run already: choose another --run-dir"):
+        Training(tiny(data), run.root, say=quiet)
+    run.args.write_text('{"data": "x", "nonsense": 1}')
+    with pytest.raises(RunFolderError, match="not the arguments of a training run"):
+        resume_config(run.root)
+
+
+def test_resume_refuses_other_classes(data, tmp_path):
+    Training(tiny(data, epochs=1, validate_every=0), tmp_path / "run", say=quiet).fit()
+    copy = generate_shapes(tmp_path / "other", train_images=5, val_images=1, image_size=32)
+    json_file = copy / "annotations" / "instances_train.json"
+    json_file.write_text(json_file.read_text().replace('"star"', '"moon"'))
+    config = resume_config(tmp_path / "run", data=str(copy))
+    with pytest.raises(CheckpointError, match=r"trained on the classes .*star.* now has .*moon"):
+        Training(config, tmp_path / "run", resume=True, say=quiet)
+
+
+def test_a_mistake_leaves_no_run_behind(data, tmp_path):
+    with pytest.raises(DatasetError, match="no such split|not a data set"):
+        Training(tiny(data, split="none"), tmp_path / "run", say=quiet)
+    Training(tiny(data, epochs=1, validate_every=0), tmp_path / "run", say=quiet)
+
+
+def test_problems_are_written_and_strict_stops(tmp_path):
+    data = generate_shapes(tmp_path / "data", train_images=4, val_images=1, image_size=32)
+    (data / "train" / "000002.jpg").unlink()
+    said = []
+    Training(tiny(data), tmp_path / "run", say=said.append)
+    assert "000002.jpg: missing image" in RunFolder(tmp_path / "run").problems.read_text()
+    assert any("1 x missing image" in line for line in said)
+    with pytest.raises(DatasetError, match="1 problems, and --strict was given"):
+        Training(tiny(data, strict=True), tmp_path / "strict", say=quiet)
+    assert "missing image" in (tmp_path / "strict" / "problems.txt").read_text()
+
+
+def test_an_image_that_breaks_during_training_is_written_down_once(tmp_path):
+    data = generate_shapes(tmp_path / "data", train_images=5, val_images=1, image_size=32)
+    # A batch of one image of 32 pixels has a single value a channel in the last stage: too few for BatchNorm.
+    config = tiny(data, epochs=2, validate_every=0, norm="group")
+    training = Training(config, tmp_path / "run", say=quiet)
+    (data / "train" / "000003.jpg").write_bytes(b"broken")
+    (data / "train" / "000004.jpg").write_bytes(b"broken")
+    training.fit()
+    lines = RunFolder(tmp_path / "run").problems.read_text().splitlines()
+    assert 1 <= len(lines) <= 2
+    assert len(set(lines)) == len(lines)
+    assert all("broken image" in line for line in lines)
+
+
+def test_no_readable_image_at_all(tmp_path):
+    data = generate_shapes(tmp_path / "data", train_images=3, val_images=1, image_size=32)
+    training = Training(tiny(data, validate_every=0), tmp_path / "run", say=quiet)
+    for path in (data / "train").iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(TrainingError, match="epoch 1: no image of .* could be read"):
+        training.fit()
+
+
+class Toy(nn.Module):
+    """Losses of one weight; from step `bad` on the box loss is NaN."""
+
+    def __init__(self, bad=math.inf):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[1.0]]))
+        self.calls, self.bad = 0, bad
+
+    def forward(self, images, targets):
+        assert all(isinstance(v, torch.Tensor) for target in targets for v in target.values())
+        self.calls += 1
+        loss = (self.weight * images[0].mean()).square().sum()
+        box = loss * math.nan if self.calls > self.bad else loss
+        return {"classification": loss, "bbox_regression": box}
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_images(data):
+    dataset = open_dataset(data)
+    model = Toy(bad=1)
+    optimizer = make_optimizer(model, "sgd", 0.1)
+    scheduler = make_scheduler(optimizer, 10, 0, "cosine")
+    steps = train_steps(
+        model, make_loader(dataset, 2, train=False), optimizer, scheduler, torch.device("cpu"), name_of=dataset.file_of
+    )
+    assert next(steps).step == 1
+    before = model.weight.clone()
+    with pytest.raises(TrainingError, match=r"not finite at step 2: .*000003\.jpg, .*000004\.jpg") as caught:
+        next(steps)
+    assert "bbox_regression nan" in str(caught.value)
+    assert torch.equal(model.weight, before)
+
+
+def test_gradients_are_clipped(data):
+    model = Toy()
+    optimizer = make_optimizer(model, "sgd", 1.0, weight_decay=0.0)
+    scheduler = make_scheduler(optimizer, 10, 0, "cosine")
+    loader = make_loader(open_dataset(data), 2, train=False)
+    next(train_steps(model, loader, optimizer, scheduler, torch.device("cpu"), clip_grad_norm=1e-3))
+    assert (1.0 - model.weight.item()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_rates():
+    assert [rate_factor(s, 10, 4, "cosine") for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert rate_factor(4, 10, 4, "cosine") == 1.0
+    assert rate_factor(7, 10, 4, "cosine") == pytest.approx(0.5)
+    assert rate_factor(10, 10, 4, "cosine") == pytest.approx(0.0)
+    factors = [rate_factor(s, 12, 0, "step") for s in range(12)]
+    assert factors == pytest.approx([1.0] * 8 + [0.1] * 3 + [0.01])
+    with pytest.raises(ValueError, match="schedule: expected one of cosine, step, got 'linear'"):
+        rate_factor(0, 10, 0, "linear")
+
+
+def test_norms_and_biases_take_no_decay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[0].weight.requires_grad_(True)
+    decayed, plain = make_optimizer(model, "adamw", 1e-3).param_groups
+    assert [p.shape for p in decayed["params"]] == [(4, 3, 3, 3)]
+    assert decayed["weight_decay"] == 0.01
+    assert len(plain["params"]) == 3
+    assert plain["weight_decay"] == 0.0
+    with pytest.raises(ValueError, match="optimizer: expected one of adamw, sgd, got 'lion'"):
+        make_optimizer(model, "lion", 1e-3)
+
+
+def test_anchor_octaves_are_torchvisions():
+    assert octaves((32, 512)) == [[32, 40, 50], [512, 645, 812]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected an integer >= 1, got 0"),
+        ({"batch_size": -1}, "batch_size: expected an integer >= 1"),
+        ({"lr": 0.0}, "lr: expected a number > 0"),
+        ({"lr": math.nan}, "lr: expected a number > 0"),
+        ({"seed": -1}, "seed: expected a number >= 0"),
+        ({"anchor_sizes": (1, 2)}, "anchor_sizes: expected five sizes"),
+    ],
+)
+def test_wrong_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig("x", **changes)
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="device: expected auto, cpu or cuda"):
+        resolve_device("abacus")
+    with pytest.raises(ValueError, match="device: expected auto, cpu or cuda"):
+        resolve_device("meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: cuda was asked for"):
+            resolve_device("cuda")
+
+
+def test_next_run_dir(tmp_path):
+    assert next_run_dir(tmp_path, "train") == tmp_path / "train"
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train2").mkdir()
+    assert next_run_dir(tmp_path, "train") == tmp_path / "train3"
