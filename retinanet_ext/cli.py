@@ -94,8 +94,9 @@ def _add_train(commands) -> None:
         "--anchor-sizes 16 32 64 128 256\n"
         "  retinanet-ext train --resume runs/train",
         "Train a RetinaNet from random weights. The run folder receives args.json, results.csv (an epoch a "
-        "row), steps.csv, results.png, problems.txt, weights/last.pt and weights/best.pt (best validation "
-        "AP), and of the best epoch metrics.json, per_class.csv, PR_curve.png and detections.json.",
+        "row), steps.csv, results.png, problems.txt, weights/last.pt (the whole state, for --resume), "
+        "weights/best.pt (the model of the best validation AP), and of the best epoch "
+        "metrics.json, per_class.csv, PR_curve.png and detections.json.",
     )
     command.add_argument("data", nargs="?", help=_DATA_HELP)
     data = command.add_argument_group("data")

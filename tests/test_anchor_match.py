@@ -159,9 +159,10 @@ def test_degenerate_and_non_finite_boxes_are_dropped_and_rows_keep_their_numbers
         ]
     )
     for policy in POLICIES:
-        expected = 5 if policy == "torchvision" else 5
-        assert match_anchors(anchors, [gt_boxes], policy=policy)[0, 0].item() == expected
+        assert match_anchors(anchors, [gt_boxes], policy=policy)[0, 0].item() == 5
         assert match_anchors(anchors, [gt_boxes[:5]], policy=policy).tolist() == [[-1, -1]]
+    regions = [torch.ones(5, dtype=torch.bool)]
+    assert match_anchors(anchors, [gt_boxes[:5]], gt_ignore=regions).tolist() == [[-1, -1]]
 
 
 def test_an_anchor_that_is_not_a_box_overlaps_nothing():
@@ -219,7 +220,7 @@ def test_halves_are_matched_in_float32(dtype):
 def test_result_does_not_depend_on_the_blocks(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     anchors = random_boxes(500, generator).round()
-    gt_boxes = torch.cat([random_boxes(20, generator).round(), anchors[:5]])
+    gt_boxes = torch.cat([random_boxes(20, generator).round(), anchors[:5], anchors[:5]])  # ties
     whole = [match_anchors(anchors, [gt_boxes], policy=policy) for policy in POLICIES]
     for pairs in (1, 3 * 500):
         monkeypatch.setattr(reference, "_PAIRS_A_BLOCK", pairs)
@@ -315,3 +316,11 @@ def test_errors_of_labels():
         assign_targets(BOXES, [BOXES], [torch.zeros(3, dtype=torch.long)])
     with pytest.raises(TypeError, match="gt_labels: expected a list"):
         assign_targets(BOXES, [BOXES], torch.zeros(1, dtype=torch.long))
+
+
+def test_vmap_is_refused_in_plain_words():
+    anchors, boxes = torch.rand(2, 5, 4), torch.rand(2, 3, 4)
+    with pytest.raises(RuntimeError, match="match_anchors: vmap is not supported"):
+        torch.func.vmap(lambda a: match_anchors(a, [boxes[0]]))(anchors)
+    with pytest.raises(RuntimeError, match="match_anchors: vmap is not supported"):
+        torch.func.vmap(lambda b: match_anchors(anchors[0], [b]))(boxes)

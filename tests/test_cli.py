@@ -13,7 +13,10 @@ for module in ("PIL.Image", "pycocotools", "matplotlib", "tqdm"):
 from retinanet_ext.cli import main, make_parser  # noqa: E402
 from retinanet_ext.data import generate_shapes  # noqa: E402
 
-TINY = "--arch resnet18 --min-size 32 --max-size 64 --anchor-sizes 8 16 32 64 128 --batch-size 2 --device cpu".split()
+TINY = [
+    *("--arch", "resnet18", "--min-size", "32", "--max-size", "64", "--batch-size", "2", "--device", "cpu"),
+    *("--anchor-sizes", "8", "16", "32", "64", "128"),
+]
 
 
 @pytest.fixture(scope="module")

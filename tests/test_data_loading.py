@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
-from retinanet_ext.data import (  # noqa: E402
+from retinanet_ext.data import (
     Compose,
     EpochShuffle,
     RandomHorizontalFlip,
@@ -16,7 +16,7 @@ from retinanet_ext.data import (  # noqa: E402
     open_dataset,
     sample_rng,
 )
-from retinanet_ext.data.transforms import horizontal_flip, vertical_flip  # noqa: E402
+from retinanet_ext.data.transforms import horizontal_flip, vertical_flip
 
 
 @pytest.fixture

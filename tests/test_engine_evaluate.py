@@ -9,8 +9,8 @@ from torch import nn
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
 pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
-from retinanet_ext.data import generate_shapes, open_dataset  # noqa: E402
-from retinanet_ext.engine.evaluate import (  # noqa: E402
+from retinanet_ext.data import generate_shapes, open_dataset
+from retinanet_ext.engine.evaluate import (
     coco_results,
     evaluate,
     format_metrics,
@@ -21,7 +21,9 @@ from retinanet_ext.engine.evaluate import (  # noqa: E402
 def truth(objects, classes=1, images=1):
     """`objects`: (image, class, xywh) or (image, class, xywh, marks)."""
     return {
-        "images": [{"id": i, "width": 100, "height": 100, "file_name": f"{i}.png"} for i in range(1, images + 1)],
+        "images": [
+            {"id": i, "width": 100, "height": 100, "file_name": f"{i}.png"} for i in range(1, images + 1)
+        ],
         "categories": [{"id": k, "name": f"class{k}"} for k in range(1, classes + 1)],
         "annotations": [
             {
@@ -66,9 +68,7 @@ def test_iou_decides_the_thresholds():
 
 def test_a_false_detection_ahead_of_a_true_one():
     # Of two objects one is found, behind a false detection: precision 1/2 up to recall 1/2, 51 of 101 points.
-    result = score_detections(
-        truth([(1, 1, BOX), (1, 1, OTHER)]), found((1, 1, FAR, 0.9), (1, 1, BOX, 0.8))
-    )
+    result = score_detections(truth([(1, 1, BOX), (1, 1, OTHER)]), found((1, 1, FAR, 0.9), (1, 1, BOX, 0.8)))
     assert result.metrics["AP50"] == pytest.approx(0.5 * 51 / 101)
     assert result.metrics["AR100"] == pytest.approx(0.5)
     # At recall 1 nothing is found.

@@ -1,4 +1,4 @@
-"""Training: the same seed gives the same run, a resumed run equals an uninterrupted one, bad losses stop it."""
+"""Training: same seed, same run; resumed equals uninterrupted; losses that are not finite stop it."""
 
 import csv
 import dataclasses
@@ -33,7 +33,7 @@ def tiny(data, **changes):
         "min_size": (32, 40),
         "max_size": 64,
         "anchor_sizes": (8, 16, 32, 64, 128),
-        "epochs": 3,
+        "epochs": 2,
         "batch_size": 2,
         "vflip": 0.5,
         "device": "cpu",
@@ -94,8 +94,8 @@ def test_run_folder_is_complete(full_run, data):
     assert {path.name for path in run.last.parent.iterdir()} == {"last.pt", "best.pt"}
     assert run.problems.read_text() == ""
     results, steps = rows(run.results), rows(run.steps)
-    assert [row["epoch"] for row in results] == ["1", "2", "3"]
-    assert [row["step"] for row in steps] == [str(i) for i in range(1, 7)]
+    assert [row["epoch"] for row in results] == ["1", "2"]
+    assert [row["step"] for row in steps] == [str(i) for i in range(1, 5)]
     for row in results:
         own = [s for s in steps if s["epoch"] == row["epoch"]]
         for name in ("classification", "bbox_regression", "total", "foreground"):
@@ -109,7 +109,12 @@ def test_run_folder_is_complete(full_run, data):
     metrics = json.loads((run.root / "metrics.json").read_text())
     assert metrics["AP"] == pytest.approx(best, abs=1e-6)
     assert isinstance(json.loads((run.root / "detections.json").read_text()), list)
-    assert [row["class"] for row in rows(run.root / "per_class.csv")] == ["disc", "square", "triangle", "star"]
+    assert [row["class"] for row in rows(run.root / "per_class.csv")] == [
+        "disc",
+        "square",
+        "triangle",
+        "star",
+    ]
     assert load_model(run.best)[1] == ["disc", "square", "triangle", "star"]
 
 
@@ -147,12 +152,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(full_run, data, tmp_path, wo
     timed = {"seconds_per_step": "", "val_seconds": ""}
     for a, b in zip(rows(run.results), rows(resumed.results), strict=True):
         assert {**a, **timed} == {**b, **timed}
+    assert load_checkpoint(run.best)["optimizer"] is None
     optimizers = [load_checkpoint(r.last)["optimizer"]["state"] for r in (run, resumed)]
-    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*(o.values() for o in optimizers), strict=True))
+    assert all(
+        torch.equal(a["exp_avg"], b["exp_avg"])
+        for a, b in zip(*(o.values() for o in optimizers), strict=True)
+    )
 
 
 def test_a_finished_run_resumes_to_nothing_or_goes_further(full_run, data, tmp_path):
-    Training(tiny(data, epochs=1, validate_every=0), tmp_path / "run", say=quiet).fit()
+    Training(tiny(data, epochs=1, validate_every=0, optimizer="sgd"), tmp_path / "run", say=quiet).fit()
     run = RunFolder(tmp_path / "run")
     assert Training(resume_config(run.root), run.root, resume=True, say=quiet).fit() is None
     assert len(rows(run.results)) == 1
@@ -176,18 +185,19 @@ def test_resume_refuses_what_is_no_run(data, tmp_path):
         resume_config(run.root)
 
 
-def test_resume_refuses_other_classes(data, tmp_path):
-    Training(tiny(data, epochs=1, validate_every=0), tmp_path / "run", say=quiet).fit()
-    copy = generate_shapes(tmp_path / "other", train_images=5, val_images=1, image_size=32)
-    json_file = copy / "annotations" / "instances_train.json"
+def test_resume_refuses_other_classes(full_run, tmp_path):
+    run, _ = full_run
+    other = generate_shapes(tmp_path / "other", train_images=5, val_images=1, image_size=32)
+    json_file = other / "annotations" / "instances_train.json"
     json_file.write_text(json_file.read_text().replace('"star"', '"moon"'))
-    config = resume_config(tmp_path / "run", data=str(copy))
+    before = run.args.read_text()
     with pytest.raises(CheckpointError, match=r"trained on the classes .*star.* now has .*moon"):
-        Training(config, tmp_path / "run", resume=True, say=quiet)
+        Training(resume_config(run.root, data=str(other)), run.root, resume=True, say=quiet)
+    assert run.args.read_text() == before
 
 
 def test_a_mistake_leaves_no_run_behind(data, tmp_path):
-    with pytest.raises(DatasetError, match="no such split|not a data set"):
+    with pytest.raises(DatasetError, match="not a data set"):
         Training(tiny(data, split="none"), tmp_path / "run", say=quiet)
     Training(tiny(data, epochs=1, validate_every=0), tmp_path / "run", say=quiet)
 
@@ -207,7 +217,7 @@ def test_problems_are_written_and_strict_stops(tmp_path):
 def test_an_image_that_breaks_during_training_is_written_down_once(tmp_path):
     data = generate_shapes(tmp_path / "data", train_images=5, val_images=1, image_size=32)
     # A batch of one image of 32 pixels has a single value a channel in the last stage: too few for BatchNorm.
-    config = tiny(data, epochs=2, validate_every=0, norm="group")
+    config = tiny(data, validate_every=0, norm="group", optimizer="sgd")
     training = Training(config, tmp_path / "run", say=quiet)
     (data / "train" / "000003.jpg").write_bytes(b"broken")
     (data / "train" / "000004.jpg").write_bytes(b"broken")
@@ -223,7 +233,7 @@ def test_no_readable_image_at_all(tmp_path):
     training = Training(tiny(data, validate_every=0), tmp_path / "run", say=quiet)
     for path in (data / "train").iterdir():
         path.write_bytes(b"broken")
-    with pytest.raises(TrainingError, match="epoch 1: no image of .* could be read"):
+    with pytest.raises(TrainingError, match=r"epoch 1: no image of .* could be read"):
         training.fit()
 
 
@@ -249,7 +259,12 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_images(data):
     optimizer = make_optimizer(model, "sgd", 0.1)
     scheduler = make_scheduler(optimizer, 10, 0, "cosine")
     steps = train_steps(
-        model, make_loader(dataset, 2, train=False), optimizer, scheduler, torch.device("cpu"), name_of=dataset.file_of
+        model,
+        make_loader(dataset, 2, train=False),
+        optimizer,
+        scheduler,
+        torch.device("cpu"),
+        name_of=dataset.file_of,
     )
     assert next(steps).step == 1
     before = model.weight.clone()

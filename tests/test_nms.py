@@ -238,7 +238,7 @@ def test_other_errors():
         batched_nms(boxes, scores, labels[:2], 0.5)
     with pytest.raises(RuntimeError, match="nms: boxes should have the same type as scores"):
         nms(boxes, scores.double(), 0.5)
-    with pytest.raises(TypeError, match="nms: boxes: expected a floating tensor, got .*int64"):
+    with pytest.raises(TypeError, match=r"nms: boxes: expected a floating tensor, got .*int64"):
         nms(boxes.long(), scores, 0.5)
     with pytest.raises(TypeError, match="batched_nms: idxs: expected a tensor, got list"):
         batched_nms(boxes, scores, [0, 0, 0], 0.5)
@@ -273,3 +273,13 @@ def test_padded_errors(change, error, text):
     )
     with pytest.raises(error, match="batched_nms_padded: " + text):
         batched_nms_padded(**(arguments | change))
+
+
+def test_vmap_is_refused_in_plain_words():
+    boxes, scores = torch.rand(2, 5, 4), torch.rand(2, 5)
+    labels = torch.zeros(5, dtype=torch.long)
+    for call in (lambda b, s: nms(b, s, 0.5), lambda b, s: batched_nms(b, s, labels, 0.5)):
+        with pytest.raises(RuntimeError, match="nms: vmap is not supported"):
+            torch.func.vmap(call)(boxes, scores)
+    with pytest.raises(RuntimeError, match="batched_nms_padded: vmap is not supported"):
+        torch.func.vmap(lambda b: batched_nms_padded(b, scores[:1], labels[None], 0.5, 3))(boxes[:, None])

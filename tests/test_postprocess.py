@@ -259,6 +259,12 @@ def test_results_carry_no_graph():
     assert not any(tensor.requires_grad for tensor in found)
 
 
+def test_vmap_is_refused_in_plain_words():
+    logits, deltas = torch.zeros(2, 1, 5, 3), torch.zeros(1, 5, 4)
+    with pytest.raises(RuntimeError, match="detect: vmap is not supported"):
+        torch.func.vmap(lambda x: detect(x, deltas, torch.zeros(5, 4), SIZES[:1]))(logits)
+
+
 LOGITS, DELTAS, ANCHORS = make_case()
 
 

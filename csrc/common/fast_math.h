@@ -32,7 +32,8 @@ struct MathConstants<float> {
   static constexpr float kLn2 = 0.69314718055994530942f;
   // Above this exponent 1 + 2^t rounds to 2^t, and the product of four such numbers still fits a float.
   static constexpr float kMaxExponent = 31.0f;
-  static constexpr float kMinExponent = -1000.0f;
+  // Stands for the exponent of logits so low that z log2(e) overflows: finite, so that gamma = 0 leaves 0 of it.
+  static constexpr float kMinExponent = -1e37f;
 };
 
 template <>
@@ -40,7 +41,7 @@ struct MathConstants<double> {
   static constexpr double kLog2E = 1.44269504088896340736;
   static constexpr double kLn2 = 0.69314718055994530942;
   static constexpr double kMaxExponent = 250.0;
-  static constexpr double kMinExponent = -10000.0;
+  static constexpr double kMinExponent = -1e307;
 };
 
 namespace host_math {

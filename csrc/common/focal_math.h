@@ -107,8 +107,10 @@ RNX_HD T smoothed_gradient(T z, T gamma, T h) {
   const T e = hard_exponential(z);
   const HardTerms<T> terms = hard_terms<T, Gamma::kAny>(z, e, reciprocal(T(1) + e));
   const T cross_entropy = terms.softplus - h * z;
-  // For z above the bound q is 0 and stands for e^-z, which outruns z.
-  return modulation<T, Gamma::kAny>(terms, gamma) * (gamma * (terms.q * cross_entropy) + (terms.p - h));
+  const T power = modulation<T, Gamma::kAny>(terms, gamma);
+  // For z above the bound q is 0 and stands for e^-z, which outruns z. p^gamma comes first: for z near the lowest float
+  // gamma times the cross-entropy overflows, and p^gamma is 0.
+  return (power * (gamma * terms.q)) * cross_entropy + power * (terms.p - h);
 }
 
 // sigmoid(x), sigmoid(-x), softplus(x), softplus(-x) of one soft-target element, all to full precision.

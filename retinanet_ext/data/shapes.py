@@ -19,7 +19,7 @@ _HUES = (0.0, 0.36, 0.62, 0.15)
 # Shapes are drawn this many times larger and reduced, for smooth edges.
 _OVERSAMPLING = 4
 # A shape may hide at most this part of another one's box.
-_MAX_HIDDEN = 0.25
+_MAX_HIDDEN = 0.2
 
 
 def generate_shapes(
@@ -28,15 +28,16 @@ def generate_shapes(
     train_images: int = 400,
     val_images: int = 100,
     image_size: int = 128,
-    max_objects: int = 6,
+    max_objects: int = 10,
     empty_fraction: float = 0.08,
     seed: int = 0,
 ) -> Path:
     """Write a data set under `root` and return it as a Path.
 
     `root/annotations/instances_{train,val}.json` and `root/{train,val}/NNNNNN.jpg`, `image_size` pixels
-    square, up to `max_objects` shapes an image with sides of 17 to 50 % of the image; `empty_fraction` of the
-    images are empty. The same arguments make the same files. Raises ValueError for sizes that make no sense.
+    square, a third of `max_objects` to `max_objects` shapes an image, sides of 13 to 36 % of the image;
+    `empty_fraction` of the images are empty. The same arguments make the same files. Raises ValueError for
+    sizes that make no sense.
     """
     if image_size < 32:
         raise ValueError(f"image_size: expected at least 32 pixels, got {image_size!r}")
@@ -52,7 +53,11 @@ def generate_shapes(
         images, annotations = [], []
         for index in range(count):
             rng = np.random.default_rng([seed, part, index])
-            objects = 0 if rng.random() < empty_fraction else int(rng.integers(1, max_objects + 1))
+            objects = (
+                0
+                if rng.random() < empty_fraction
+                else int(rng.integers(max(1, max_objects // 3), max_objects + 1))
+            )
             picture, shapes = draw_image(rng, image_size, objects)
             name = f"{index + 1:06d}.jpg"
             picture.save(root / split / name, quality=92)
@@ -88,7 +93,7 @@ def draw_image(rng: np.random.Generator, size: int, objects: int):
     for _ in range(objects):
         for _attempt in range(20):
             label = int(rng.integers(len(SHAPE_NAMES)))
-            side = size * math.exp(rng.uniform(math.log(0.18), math.log(0.5)))
+            side = size * math.exp(rng.uniform(math.log(0.13), math.log(0.36)))
             mask = _shape_mask(rng, SHAPE_NAMES[label], size, side)
             ys, xs = np.nonzero(mask > 0.5)
             box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
@@ -142,7 +147,9 @@ def _shape_mask(rng: np.random.Generator, name: str, size: int, side: float) -> 
 
 def _outline(rng: np.random.Generator, name: str) -> np.ndarray:
     """The corners of a shape around 0, upright but for a tilt of up to 20 degrees, float [P, 2]."""
-    corners, upright = {"disc": (48, 0.0), "square": (4, 0.25), "triangle": (3, -0.5), "star": (10, -0.5)}[name]
+    corners, upright = {"disc": (48, 0.0), "square": (4, 0.25), "triangle": (3, -0.5), "star": (10, -0.5)}[
+        name
+    ]
     tilt = math.radians(rng.uniform(-20.0, 20.0))
     angles = 2.0 * math.pi * np.arange(corners) / corners + upright * math.pi + tilt
     radii = np.where(np.arange(corners) % 2 == 0, 1.0, 0.42) if name == "star" else np.ones(corners)

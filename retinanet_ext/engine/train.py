@@ -156,8 +156,8 @@ class Training:
         say, config = self.say, self.config
         precision = "bf16 autocast" if self.amp else "float32"
         say(
-            f"{config.arch}, {self.device}, {precision}, {config.epochs} epochs of {len(self.loader)} steps of "
-            f"{config.batch_size} images, run folder {self.run.root}"
+            f"{config.arch}, {self.device}, {precision}, {config.epochs} epochs of {len(self.loader)} steps "
+            f"of {config.batch_size} images, run folder {self.run.root}"
         )
         result = None
         bar = require("tqdm").tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None)
@@ -166,7 +166,7 @@ class Training:
                 row = self._train_epoch(bar)
                 result = self._validate(row) or result
                 self.run.add_epoch(row)
-                self._save(self.run.last)
+                self._save(self.run.last, whole=True)
                 bar.write(self._line(row))
                 if on_epoch_end is not None:
                     on_epoch_end(self)
@@ -226,7 +226,7 @@ class Training:
         far."""
         every = self.config.validate_every
         if self.val_set is None:
-            self._save(self.run.best)
+            self._save(self.run.best, whole=False)
             return None
         if self.epoch % every and self.epoch != self.config.epochs:
             return None
@@ -243,18 +243,19 @@ class Training:
         ap = result.metrics["AP"]
         if ap > self.best or not self.run.best.exists():
             self.best = -math.inf if math.isnan(ap) else ap
-            self._save(self.run.best)
+            self._save(self.run.best, whole=False)
             self.run.write_evaluation(result)
         return result
 
-    def _save(self, path: Path) -> None:
+    def _save(self, path: Path, whole: bool) -> None:
+        """Write a checkpoint; `whole` with what a resumed run needs, otherwise a model to use."""
         save_checkpoint(
             path,
             self.model,
             self.model_config,
             self.train_set.class_names,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
+            optimizer=self.optimizer if whole else None,
+            scheduler=self.scheduler if whole else None,
             epoch=self.epoch,
             step=self.step,
             best=None if math.isinf(self.best) else self.best,

@@ -27,8 +27,8 @@ def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tens
     Returns:
         float32 ``[len(aspect_ratios) * len(sizes), 4]``, ratio outer, size inner.
     """
-    heights_over_side = torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()
-    sides = torch.tensor(sizes, dtype=torch.float32)
+    heights_over_side = torch.tensor(aspect_ratios, dtype=torch.float32, device="cpu").sqrt()
+    sides = torch.tensor(sizes, dtype=torch.float32, device="cpu")
     widths = ((1 / heights_over_side)[:, None] * sides).flatten()
     heights = (heights_over_side[:, None] * sides).flatten()
     return (torch.stack((-widths, -heights, widths, heights), dim=1) / 2).round()
@@ -103,9 +103,11 @@ class AnchorGenerator(nn.Module):
         strides = tuple((image_size[0] // height, image_size[1] // width) for height, width in grids)
         key = (grids, strides, torch.device(device), dtype)
         if key not in self._cache:
-            levels = zip(self.sizes, grids, strides, strict=True)
-            anchors = [self._grid_anchors(*level) for level in levels]
-            self._cache[key] = torch.cat(anchors).to(device, dtype)
+            # anchors made in evaluation serve training too, where inference tensors cannot be saved
+            with torch.inference_mode(False):
+                levels = zip(self.sizes, grids, strides, strict=True)
+                anchors = [self._grid_anchors(*level) for level in levels]
+                self._cache[key] = torch.cat(anchors).to(device, dtype)
             if len(self._cache) > _CACHED_GRIDS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
@@ -113,8 +115,8 @@ class AnchorGenerator(nn.Module):
 
     def _grid_anchors(self, sizes: Sequence[float], grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
         """float32 ``[H * W * A, 4]`` of one level."""
-        centers_y = torch.arange(grid[0]) * stride[0]
-        centers_x = torch.arange(grid[1]) * stride[1]
+        centers_y = torch.arange(grid[0], device="cpu") * stride[0]
+        centers_x = torch.arange(grid[1], device="cpu") * stride[1]
         y, x = torch.meshgrid(centers_y, centers_x, indexing="ij")
         centers = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
         return (centers + cell_anchors(sizes, self.aspect_ratios)).reshape(-1, 4)

@@ -1,5 +1,4 @@
-"""The feature pyramid (Lin et al., 2017, arXiv 1612.03144) with RetinaNet's P3 to P7, as torchvision builds
-it.
+"""The feature pyramid (Lin et al., 2017, arXiv 1612.03144) with RetinaNet's P3 to P7, as torchvision's.
 
 The RetinaNet paper makes P6 from C5; here, as in torchvision's ``retinanet_resnet50_fpn``, P6 is made from
 P5.

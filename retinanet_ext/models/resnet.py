@@ -16,8 +16,7 @@ Norm = Callable[[int], nn.Module]
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation with fixed statistics and a fixed affine map: ``y = (x - mean) / sqrt(var + eps) *
-    w + b``.
+    """Batch normalisation that is fixed: ``y = (x - mean) / sqrt(var + eps) * weight + bias``.
 
     All four are buffers: nothing is trained and nothing is updated. Keys and arithmetic are those of
     ``torchvision.ops.FrozenBatchNorm2d``; a checkpoint of `torch.nn.BatchNorm2d` loads too.

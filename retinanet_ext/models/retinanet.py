@@ -1,7 +1,6 @@
-"""RetinaNet (Lin et al., 2017, arXiv 1708.02002) on the operators of this library, with torchvision's
-conventions.
+"""RetinaNet (Lin et al., 2017, arXiv 1708.02002) on the operators of this library.
 
-Names, defaults, weights, losses and detections are those of
+Conventions, names, defaults, weights, losses and detections are those of
 ``torchvision.models.detection.retinanet_resnet50_fpn``: state dicts load both ways without conversion.
 """
 
@@ -26,8 +25,7 @@ _FOCAL_ALPHA, _FOCAL_GAMMA = 0.25, 2.0
 
 
 class RetinaNet(nn.Module):
-    """A one-stage detector: a backbone with a feature pyramid, a class subnet, a box subnet, and nothing
-    else.
+    """A one-stage detector: a backbone with a feature pyramid, a class subnet and a box subnet.
 
     In training mode ``model(images, targets)`` returns the losses, in evaluation mode ``model(images)`` the
     detections; see `forward`.

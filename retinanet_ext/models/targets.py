@@ -38,8 +38,7 @@ def check_images(images: Sequence[Tensor] | Tensor) -> list[Tensor]:
 def check_targets(
     targets: Sequence[Mapping[str, Tensor]] | None, images: Sequence[Tensor], num_classes: int
 ) -> Sequence[Mapping[str, Tensor]]:
-    """The targets, if every one of them is right. The values of the whole batch are judged with one device
-    sync.
+    """The targets, if every one of them is right; the values of the whole batch cost one device sync.
 
     Raises:
         TypeError: a target that is not a dictionary, or a ``boxes``, ``labels`` or ``ignore`` of another

@@ -31,8 +31,7 @@ class ImageBatch(NamedTuple):
 
 
 def resize_boxes(boxes: Tensor, size: Size, new_size: Size) -> Tensor:
-    """Boxes ``[M, 4]`` in pixels of an image of ``size``, in pixels of the same image resized to
-    ``new_size``.
+    """Boxes ``[M, 4]`` in pixels of an image of ``size``, as the image is resized to ``new_size``.
 
     The ratios are float32 quotients, as torchvision's are.
     """

@@ -71,6 +71,7 @@ def match_anchors(
     Raises:
         TypeError: an argument that is no tensor (or list of tensors), or of a wrong type.
         ValueError: wrong shapes, mixed devices, thresholds out of range, an unknown policy.
+        RuntimeError: called under vmap.
 
     Source:
         torchvision's and detectron2's ``Matcher``, mmdet's ``MaxIoUAssigner``.
@@ -180,8 +181,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
 def encode_boxes(
     gt_boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
 ) -> Tensor:
-    """Boxes as deltas from anchors: what the box subnet is trained to say (Girshick et al., 2014, appendix
-    C).
+    """Boxes as deltas from anchors (Girshick et al., 2014, appendix C): what the box subnet is trained on.
 
     ``dx = wx (cx - cx_a) / w_a``, ``dy`` likewise, ``dw = ww log(w / w_a)``, ``dh`` likewise. Differentiable.
 
@@ -232,6 +232,12 @@ def _describe(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def check_no_vmap(op: str, value: object) -> None:
+    """Operators whose work depends on the values take batches themselves and cannot be vmapped."""
+    if isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value):
+        raise RuntimeError(f"{op}: vmap is not supported: pass the whole batch, or call it for each image")
+
+
 def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{op}: {name}: expected all tensors on one device, {device}, got {value.device}")
@@ -275,6 +281,7 @@ def check_gt_boxes(op: str, gt_boxes: Boxes, gt_offsets: Tensor | None, device: 
         check_device(op, "gt_offsets", gt_offsets, device)
         named_boxes = [("gt_boxes", gt_boxes)]
     for name, boxes in named_boxes:
+        check_no_vmap(op, boxes)
         check_floating(op, name, boxes)
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"{op}: {name}: expected shape [M, 4], got {list(boxes.shape)}")
@@ -316,6 +323,7 @@ def _check_match(
     gt_ignore: Sequence[Tensor] | Tensor | None,
     gt_offsets: Tensor | None,
 ) -> None:
+    check_no_vmap(op, anchors)
     check_anchors(op, anchors)
     check_anchors(op, anchors, check_gt_boxes(op, gt_boxes, gt_offsets, anchors.device))
     if gt_ignore is not None:

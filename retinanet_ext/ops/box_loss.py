@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .anchor_match import Boxes, check_anchors, check_device, check_floating, check_gt_boxes, check_weights
+from .anchor_match import (
+    Boxes,
+    check_anchors,
+    check_device,
+    check_floating,
+    check_gt_boxes,
+    check_no_vmap,
+    check_weights,
+)
 
 LOSSES = ("l1", "smooth_l1", "giou")
 
@@ -90,6 +98,7 @@ def _check_deltas(op: str, deltas: Sequence[Tensor] | Tensor) -> tuple[int, int,
     levels = [("deltas", deltas)] if isinstance(deltas, Tensor) else _named_levels(op, "deltas", deltas)
     num_anchors = 0
     for name, level in levels:
+        check_no_vmap(op, level)
         check_floating(op, name, level)
         if level.dim() == 4 and level.shape[1] % 4 == 0:
             num_anchors += level.shape[1] // 4 * level.shape[2] * level.shape[3]

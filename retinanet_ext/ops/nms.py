@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.nms import PaddedNMS
-from .anchor_match import INTEGERS, check_device, check_floating
+from .anchor_match import INTEGERS, check_device, check_floating, check_no_vmap
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -96,6 +96,8 @@ def batched_nms_padded(
             0.
     """
     op = "batched_nms_padded"
+    check_no_vmap(op, boxes)
+    check_no_vmap(op, scores)
     check_floating(op, "boxes", boxes)
     check_floating(op, "scores", scores)
     if boxes.dim() != 3 or boxes.shape[2] != 4:
@@ -123,6 +125,8 @@ def batched_nms_padded(
 
 def _check_boxes_scores(op: str, boxes: Tensor, scores: Tensor) -> None:
     """torchvision's checks with torchvision's words, which callers may match."""
+    check_no_vmap(op, boxes)
+    check_no_vmap(op, scores)
     check_floating(op, "boxes", boxes)
     check_floating(op, "scores", scores)
     if boxes.dim() != 2:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.postprocess import Detections
-from .anchor_match import check_anchors, check_device, check_floating
+from .anchor_match import check_anchors, check_device, check_floating, check_no_vmap
 
 
 def detect(
@@ -101,6 +101,7 @@ def _check_levels(
     """Logits and deltas of each level are of the same anchors, with one K. Returns B, N and the device."""
     for name, levels in (("cls_logits", logit_levels), ("box_deltas", delta_levels)):
         for index, level in enumerate(levels):
+            check_no_vmap(op, level)
             check_floating(op, f"{name}[{index}]", level)
             check_device(op, f"{name}[{index}]", level, logit_levels[0].device)
             if level.dtype != levels[0].dtype:

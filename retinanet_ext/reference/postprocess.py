@@ -32,10 +32,10 @@ class Detections(NamedTuple):
 
 
 def _select_topk(logits: Tensor, score_thresh: float, topk: int) -> Tensor:
-    """Flat indices of the ``topk`` largest logits whose sigmoid exceeds the threshold, best first, lower
-    index first.
+    """Flat indices of the ``topk`` largest logits with a sigmoid above the threshold, best first.
 
-    The sigmoid is compared with the threshold in float32 (float64 for float64 logits).
+    Of equal logits the lower index comes first and stays. The sigmoid is compared with the threshold in
+    float32 (float64 for float64 logits).
     """
     candidates = (torch.sigmoid(logits) > score_thresh).nonzero().squeeze(1)
     if len(candidates) > topk > 0:
@@ -78,10 +78,8 @@ def detect(
     deltas = torch.cat(delta_levels, dim=1)
 
     compute = compute_dtype(logit_levels[0].dtype)
-    batch, dtype = (
-        len(deltas),
-        torch.promote_types(torch.promote_types(deltas.dtype, anchors.dtype), torch.float32),
-    )
+    dtype = compute_dtype(torch.promote_types(deltas.dtype, anchors.dtype))
+    batch = len(deltas)
     out = Detections(
         boxes=torch.zeros((batch, max_detections, 4), dtype=dtype, device=anchors.device),
         scores=torch.zeros((batch, max_detections), dtype=compute, device=anchors.device),

@@ -1,0 +1,236 @@
+"""sigmoid_focal_loss reads any layout, whatever lies around it, and lays its results out as the fake kernels say."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from retinanet_ext import sigmoid_focal_loss
+
+FORWARD = torch.ops.retinanet_ext.sigmoid_focal_loss
+BACKWARD = torch.ops.retinanet_ext.sigmoid_focal_loss_backward
+
+
+def loss_and_gradient(inputs, targets, grad=None, **options):
+    inputs = inputs.detach().requires_grad_()
+    loss = sigmoid_focal_loss(inputs, targets, **options)
+    (gradient,) = torch.autograd.grad(loss, inputs, torch.ones_like(loss) if grad is None else grad)
+    return loss.detach(), gradient
+
+
+def assert_same_as_contiguous(inputs, targets, grad=None, **options):
+    """A layout changes no value: compared with contiguous copies, within a rounding or two."""
+    results = loss_and_gradient(inputs, targets, grad, **options)
+    plain = inputs.clone(memory_format=torch.contiguous_format)
+    plain_targets = targets.clone(memory_format=torch.contiguous_format)
+    plain_grad = None if grad is None else grad.clone(memory_format=torch.contiguous_format)
+    expected = loss_and_gradient(plain, plain_targets, plain_grad, **options)
+    eps = torch.finfo(inputs.dtype).eps
+    for result, truth in zip(results, expected, strict=True):
+        assert result.shape == truth.shape
+        torch.testing.assert_close(result, truth, rtol=4 * eps, atol=0)
+    return results
+
+
+def base(*shape, dtype=torch.float32):
+    """Filled with NaN where a test does not write: reading beside the view shows."""
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def inside(view, low=-6, high=6):
+    view.copy_(torch.empty(view.shape).uniform_(low, high))
+    return view
+
+
+LAYOUTS = {
+    "contiguous": lambda: inside(base(23, 7)),
+    "row slices": lambda: inside(base(23, 19)[:, 5:12]),
+    "every third row": lambda: inside(base(69, 7)[::3]),
+    "every second column": lambda: inside(base(23, 14)[:, ::2]),
+    "transposed": lambda: inside(base(7, 23)).t(),
+    "storage offset": lambda: inside(base(23 * 7 + 3)[3:].view(23, 7)),
+    "expanded row": lambda: inside(base(1, 7)).expand(23, 7),
+    "expanded column": lambda: inside(base(23, 1)).expand(23, 7),
+    "expanded scalar": lambda: inside(base(1, 1)).expand(23, 7),
+    "overlapping rows": lambda: inside(base(50)).as_strided((23, 7), (2, 1)),
+    "one row of a wide table": lambda: inside(base(4, 3, 7)[1:2, 2]),
+    "three dimensions": lambda: inside(base(2, 5, 7)),
+    "batch of row slices": lambda: inside(base(2, 5, 11)[:, 1:4, 2:9]),
+    "middle dimension first": lambda: inside(base(5, 2, 7)).transpose(0, 1),
+    "classes first": lambda: inside(base(2, 7, 5)).transpose(1, 2),
+    "image head": lambda: inside(base(2, 7, 3, 4)).permute(0, 2, 3, 1),
+    "channels_last head": lambda: inside(base(2, 7, 3, 4).contiguous(memory_format=torch.channels_last)).permute(
+        0, 2, 3, 1
+    ),
+    "one class": lambda: inside(base(23, 1)),
+    "one class of many": lambda: inside(base(23, 7)[:, 3:4]),
+    "one vector": lambda: inside(base(7)),
+    "strided vector": lambda: inside(base(14)[::2]),
+    "size-1 dimensions": lambda: inside(base(1, 23, 1, 7).transpose(0, 2)),
+    "odd strides of size-1 dimensions": lambda: inside(base(999)).as_strided((1, 23, 1, 7), (3, 40, 500, 1)),
+    "wider than a block": lambda: inside(base(3, 1300)),
+    "wider than a block, sliced": lambda: inside(base(3, 1400)[:, 50:1350]),
+    "wider than a chunk": lambda: inside(base(2, 20_000)),
+    "more rows than a chunk": lambda: inside(base(16_500, 3)),
+    "no rows": lambda: base(0, 7),
+    "no classes": lambda: base(23, 0),
+    "no rows of a slice": lambda: base(0, 19)[:, 5:12],
+    "empty batch": lambda: base(0, 5, 7).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "gamma": 1.5}], ids=["plain", "smoothed"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_inputs_with_class_indices(name, options):
+    inputs = LAYOUTS[name]()
+    classes = inputs.shape[-1]
+    targets = torch.randint(-2, classes + 1, inputs.shape[:-1])
+    # Without the factor a fused multiply-add differs between runs of elements, a smoothed row is a run by itself.
+    assert_same_as_contiguous(inputs, targets, **options)
+    strided = torch.empty(*inputs.shape[:-1], 2, dtype=torch.int64)[..., 0].copy_(targets)
+    assert_same_as_contiguous(inputs, strided, **options)
+    assert_same_as_contiguous(inputs.double(), targets.int(), **options)
+    assert_same_as_contiguous(inputs.bfloat16(), targets, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_soft_targets(name, dtype):
+    inputs = LAYOUTS[name]().to(dtype)  # keeps dense strides
+    assert_same_as_contiguous(inputs, torch.rand(inputs.shape, dtype=dtype))
+    same = inside(torch.empty_like(LAYOUTS[name]()), 0, 1).to(dtype)
+    loss, gradient = assert_same_as_contiguous(inputs, same)
+    if dtype == torch.float32 and name in ("transposed", "channels_last head", "image head", "classes first"):
+        assert loss.stride() == gradient.stride() == inputs.stride()  # no copy is made to change the layout
+    assert_same_as_contiguous(inputs, torch.rand(inputs.shape))
+    assert_same_as_contiguous(inputs, torch.rand(1).to(dtype).expand(inputs.shape))
+    assert_same_as_contiguous(inputs, same, alpha=torch.rand(inputs.shape[-1]))
+
+
+def test_soft_targets_of_a_segmentation_map():
+    """channels_last [B, K, H, W] with targets of the same, and of another layout."""
+    inputs = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last)
+    targets = torch.rand(2, 5, 4, 3)
+    loss, _ = assert_same_as_contiguous(inputs, targets.contiguous(memory_format=torch.channels_last))
+    assert loss.is_contiguous(memory_format=torch.channels_last)
+    assert_same_as_contiguous(inputs, targets)
+    assert_same_as_contiguous(inputs.contiguous(), targets.contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 80, 91, 511, 512, 513, 1025])
+def test_every_class_of_a_row_is_found(classes):
+    """A positive in each column in turn, beside the vector's edges and the block's."""
+    columns = sorted({0, 1, 7, 8, 15, 16, 17, classes // 2, classes - 2, classes - 1} & set(range(classes)))
+    inputs = torch.randn(len(columns), classes)
+    one_hot = torch.zeros(len(columns), classes)
+    one_hot[torch.arange(len(columns)), columns] = 1
+    results = loss_and_gradient(inputs, torch.tensor(columns))
+    for result, expected in zip(results, loss_and_gradient(inputs, one_hot), strict=True):
+        torch.testing.assert_close(result, expected, rtol=4e-6, atol=1e-12)
+
+
+GRADS = {
+    "arbitrary": lambda: torch.randn(23, 7),
+    "expanded scalar": lambda: torch.tensor(1.7).expand(23, 7),
+    "expanded row": lambda: torch.randn(7).expand(23, 7),
+    "expanded column": lambda: torch.randn(23, 1).expand(23, 7),
+    "transposed": lambda: torch.randn(7, 23).t(),
+    "sliced": lambda: torch.randn(23, 12)[:, 3:10],
+    "zero": lambda: torch.zeros(23, 7),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("grad", GRADS)
+def test_upstream_gradients(grad, soft, dtype):
+    """Each element's gradient times its upstream one."""
+    upstream = GRADS[grad]().to(dtype)
+    for inputs in (torch.randn(23, 7).to(dtype), torch.randn(7, 23).to(dtype).t()):
+        targets = torch.rand(23, 7).to(dtype) if soft else torch.randint(-2, 7, (23,))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        _, local = loss_and_gradient(inputs.to(wide), targets.to(wide) if soft else targets)
+        _, gradient = loss_and_gradient(inputs, targets, upstream)
+        info = torch.finfo(dtype)
+        rtol = 4 * torch.finfo(wide).eps + (info.eps / 2 if info.bits < 32 else 0)
+        torch.testing.assert_close(
+            gradient, (local * upstream.to(wide)).to(dtype), rtol=rtol, atol=info.tiny * info.eps
+        )
+
+
+def test_upstream_scalar_of_a_reduction():
+    inputs, targets = torch.randn(23, 7), torch.randint(-2, 7, (23,))
+    _, local = loss_and_gradient(inputs, targets)
+    kept = int((targets != -2).sum()) * 7
+    for reduction, divisor in (("sum", 1), ("mean", kept)):
+        for factor in (1.0, -3.5, 0.0):
+            _, gradient = loss_and_gradient(inputs, targets, torch.tensor(factor), reduction=reduction)
+            torch.testing.assert_close(gradient, local * factor / divisor, rtol=1e-6, atol=0)
+
+
+@st.composite
+def strided(draw, shape, dtype):
+    """A tensor of ``shape`` in some layout: permuted, sliced with steps, expanded, at an offset."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.integers(1, 2)) for _ in shape]
+    expand = [draw(st.sampled_from([False, False, False, True])) for _ in shape]
+    sizes = [1 if e else n for n, e in zip(shape, expand, strict=True)]
+    padded = [n * s + draw(st.integers(0, 2)) for n, s in zip(sizes, steps, strict=True)]
+    memory = base(*[padded[d] for d in order], dtype=dtype)
+    view = memory.permute([order.index(d) for d in range(len(shape))])
+    view = view[tuple(slice(0, n * s, s) for n, s in zip(sizes, steps, strict=True))]
+    return inside(view, 0, 1).expand(shape)
+
+
+@given(st.data())
+@settings(max_examples=150)
+def test_any_shape_in_any_layout(data):
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 5]), min_size=0, max_size=3))
+    shape = (*shape, data.draw(st.sampled_from([0, 1, 2, 3, 8, 17])))
+    inputs = data.draw(strided(shape, dtype))
+    options = {"gamma": data.draw(st.sampled_from([0.0, 0.5, 2.0]))}
+    if data.draw(st.booleans()):
+        targets = data.draw(strided(shape, data.draw(st.sampled_from([dtype, torch.float32]))))
+    else:
+        targets = torch.randint(-2, shape[-1] + 1, shape[:-1])
+        options["label_smoothing"] = data.draw(st.sampled_from([0.0, 0.1]))
+        if data.draw(st.booleans()):
+            options["weight"] = torch.rand(shape[-1]) + 0.5
+    if data.draw(st.booleans()):
+        options["alpha"] = torch.rand(shape[-1])
+    assert_same_as_contiguous(inputs, targets, data.draw(strided(shape, dtype)), **options)
+
+
+def assert_fake_equals_real(operator, arguments):
+    real = operator(*arguments)
+    with FakeTensorMode() as mode:
+        fake = operator(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+    meta = operator(*[a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments])
+    assert fake.shape == meta.shape == real.shape
+    assert fake.dtype == meta.dtype == real.dtype
+    assert fake.device == real.device
+    if real.numel():
+        assert fake.stride() == real.stride()
+    return real
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_fake_kernels_tell_shape_dtype_and_strides(data):
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    shape = tuple(data.draw(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=4)))
+    inputs = data.draw(strided(shape, dtype))
+    soft = data.draw(st.booleans())
+    other = torch.empty_like(inputs) if data.draw(st.booleans()) else data.draw(strided(shape, dtype))
+    targets = inside(other, 0, 1) if soft else torch.zeros(shape[:-1], dtype=torch.int64)
+    reduction, wide = data.draw(st.integers(0, 2)), data.draw(st.booleans())
+    alpha = torch.rand(shape[-1]) if data.draw(st.booleans()) else None
+    options = (None, alpha, 0.25, 2.0, 0.0, -2, reduction)
+    loss = assert_fake_equals_real(FORWARD, (inputs, targets, *options, wide))
+    grads = [torch.ones_like(loss)]
+    if reduction == 0:
+        grads += [loss.new_ones(()).expand(shape), torch.empty_like(inputs, dtype=loss.dtype).fill_(1)]
+    for grad in grads:
+        assert_fake_equals_real(BACKWARD, (grad, inputs, targets, *options))
