@@ -141,6 +141,14 @@ def _add_train(commands) -> None:
         help="smallest anchor side of the levels P3 to P7, in pixels of the resized image (default: 32 64 "
         "128 256 512); each level has it times 1, 1.26 and 1.59",
     )
+    model.add_argument(
+        "--aspect-ratios",
+        type=float,
+        nargs="+",
+        default=[0.5, 1.0, 2.0],
+        metavar="R",
+        help="height / width of the anchors (default: 0.5 1 2)",
+    )
     recipe = command.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, help="(default: 12)")
     recipe.add_argument("--batch-size", type=int, default=4, metavar="N", help="images a step (default: 4)")

@@ -39,6 +39,14 @@ def first_line(*command: str) -> str | None:
     return lines[0].strip() if lines else None
 
 
+def nvcc_release() -> str | None:
+    """The line of `nvcc --version` that names the release."""
+    if shutil.which("nvcc") is None:
+        return None
+    output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    return next((line.strip() for line in output.splitlines() if "release" in line), "unknown version")
+
+
 def processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -139,7 +147,7 @@ def environment_report() -> tuple[str, list[str]]:
         ("NumPy", version_of("numpy") or "not installed"),
         *library_lines(problems),
         ("C++ compiler", first_line("c++", "--version") or "none"),
-        ("nvcc", first_line("sh", "-c", "nvcc --version | grep release") or "none on the PATH"),
+        ("nvcc", nvcc_release() or "none on the PATH"),
     ]
     lines += [(name, version_of(package) or "not installed") for name, package in EXTRAS.items()]
     lines += [(name, version) for name in PEERS if (version := version_of(name))]

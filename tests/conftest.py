@@ -41,6 +41,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers, alone or with others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def num_threads():
     """``torch.set_num_threads``, put back after the test."""
@@ -54,7 +60,9 @@ def find_tool(name: str) -> str:
     folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     path = shutil.which(name, path=folders)
     if path is None:
-        pytest.skip(f"{name} builds the C++ test modules and was not found: pip install 'retinanet_ext[test]'")
+        pytest.skip(
+            f"{name} builds the C++ test modules and was not found: pip install 'retinanet_ext[test]'"
+        )
     return path
 
 
@@ -72,17 +80,21 @@ def source_hash(sources: list[Path], *also: str) -> str:
     return digest.hexdigest()[:20]
 
 
-def build_test_module(target: str, sources: list[Path]):
+def build_test_module(target: str):
     """Builds a pybind11 target of CMakeLists.txt, or takes it from the cache, and imports it.
 
     The cache, outside the source tree, is keyed by what goes into the build, so that a changed header builds anew and
     an unchanged one costs nothing.
     """
+    sources = [ROOT / "CMakeLists.txt"]
+    for folder in ("csrc", "tests/math", "tests/emulator"):
+        sources += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".h", ".cuh", ".cpp")]
+    sanitize = os.environ.get("RETINANET_EXT_SANITIZE", "0")
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 binds the C++ test modules")
     cxx = compiler()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
     key = source_hash(
-        [ROOT / "CMakeLists.txt", *sources], version, pybind11.__version__, sysconfig.get_config_var("EXT_SUFFIX")
+        sources, version, sanitize, pybind11.__version__, sysconfig.get_config_var("EXT_SUFFIX")
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinanet_ext" / "tests"
     library = cache / f"{target}-{key}.so"
@@ -98,6 +110,7 @@ def build_test_module(target: str, sources: list[Path]):
                 f"-DCMAKE_CXX_COMPILER={cxx}",
                 "-DCMAKE_BUILD_TYPE=Release",
                 "-DRETINANET_EXT_TESTS=ON",
+                f"-DRETINANET_EXT_SANITIZE={sanitize}",
                 f"-DRETINANET_EXT_PYTHON_INCLUDE={sysconfig.get_path('include')}",
                 f"-DRETINANET_EXT_PYBIND11_INCLUDE={pybind11.get_include()}",
             ]
@@ -114,7 +127,12 @@ def build_test_module(target: str, sources: list[Path]):
 
 
 @pytest.fixture(scope="session")
-def focal_math():
+def test_module():
+    """Builds a C++ test module by its CMake target and imports it."""
+    return build_test_module
+
+
+@pytest.fixture(scope="session")
+def focal_math(test_module):
     """csrc/common/{fast_math,focal_math,half_convert}.h over NumPy arrays."""
-    headers = list((ROOT / "csrc" / "common").glob("*.h"))
-    return build_test_module("_focal_math", [*headers, ROOT / "tests" / "math" / "focal_math_module.cpp"])
+    return test_module("_focal_math")

@@ -96,7 +96,13 @@ def test_no_torch_is_added_to_the_build_environment(tmp_path, programs):
 def test_cuda_torch_without_nvcc_takes_the_compiler_of_its_own_version(site_packages, programs):
     result = ask(site_packages("2.11.0+cu130", "13.0"), programs)
     assert result.returncode == 0, result.stderr
-    for package in ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime"):
+    for package in (
+        "nvidia-cuda-nvcc",
+        "nvidia-cuda-crt",
+        "nvidia-nvvm",
+        "nvidia-cuda-cccl",
+        "nvidia-cuda-runtime",
+    ):
         assert f"{package}==13.0.*" in result.stdout
 
 
@@ -131,13 +137,19 @@ def test_compiler_of_another_cuda_major(site_packages, programs):
 
 def test_unsupported_compiler(site_packages, programs):
     programs("nvcc", fake_nvcc("11.8"))
-    result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    result = ask(
+        site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0"
+    )
     assert_refused(result, "nvcc 11.8", "CUDA 12 and 13")
 
 
 @pytest.mark.parametrize(
     ("archs", "words"),
-    [("9.9", "does not compile for (it knows 8.0, 9.0)"), ("sm_90", "entries look like 9.0"), ("8.0;5.2", "5.2")],
+    [
+        ("9.9", "does not compile for (it knows 8.0, 9.0)"),
+        ("sm_90", "entries look like 9.0"),
+        ("8.0;5.2", "5.2"),
+    ],
 )
 def test_unsupported_arch_list(site_packages, programs, archs, words):
     programs("nvcc", fake_nvcc("13.0"))

@@ -104,6 +104,10 @@ def test_predict_goes_on_past_an_unreadable_image(trained, data, tmp_path, capsy
         (["train", "--resume", "/nowhere"], "not a run folder"),
         (["train", "{data}", "--lr", "-1", "--run-dir", "{tmp}"], "lr: expected a number > 0, got -1.0"),
         (["train", "{data}", "--val-split", "no", "--run-dir", "{tmp}"], "--no-val trains without one"),
+        (
+            ["train", "{data}/annotations/instances_train.json", "--run-dir", "{tmp}"],
+            "a json file holds one split",
+        ),
         (["train", "{data}", "--hflip", "2", "--run-dir", "{tmp}"], "expected a probability"),
         (["val", "/nowhere.pt", "{data}"], "/nowhere.pt: no such checkpoint"),
         (["val", "{data}/annotations/instances_val.json", "{data}"], "not a checkpoint"),

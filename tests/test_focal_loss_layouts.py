@@ -53,7 +53,7 @@ LAYOUTS = {
     "expanded row": lambda: inside(base(1, 7)).expand(23, 7),
     "expanded column": lambda: inside(base(23, 1)).expand(23, 7),
     "expanded scalar": lambda: inside(base(1, 1)).expand(23, 7),
-    "overlapping rows": lambda: inside(base(50)).as_strided((23, 7), (2, 1)),
+    "overlapping rows": lambda: inside(base(60)).as_strided((23, 7), (2, 1)),
     "one row of a wide table": lambda: inside(base(4, 3, 7)[1:2, 2]),
     "three dimensions": lambda: inside(base(2, 5, 7)),
     "batch of row slices": lambda: inside(base(2, 5, 11)[:, 1:4, 2:9]),
@@ -86,7 +86,6 @@ def test_layouts_of_inputs_with_class_indices(name, options):
     inputs = LAYOUTS[name]()
     classes = inputs.shape[-1]
     targets = torch.randint(-2, classes + 1, inputs.shape[:-1])
-    # Without the factor a fused multiply-add differs between runs of elements, a smoothed row is a run by itself.
     assert_same_as_contiguous(inputs, targets, **options)
     strided = torch.empty(*inputs.shape[:-1], 2, dtype=torch.int64)[..., 0].copy_(targets)
     assert_same_as_contiguous(inputs, strided, **options)
@@ -223,8 +222,9 @@ def test_fake_kernels_tell_shape_dtype_and_strides(data):
     shape = tuple(data.draw(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=4)))
     inputs = data.draw(strided(shape, dtype))
     soft = data.draw(st.booleans())
-    other = torch.empty_like(inputs) if data.draw(st.booleans()) else data.draw(strided(shape, dtype))
-    targets = inside(other, 0, 1) if soft else torch.zeros(shape[:-1], dtype=torch.int64)
+    targets = torch.zeros(shape[:-1], dtype=torch.int64)
+    if soft:
+        targets = data.draw(st.sampled_from([torch.zeros_like(inputs), data.draw(strided(shape, dtype))]))
     reduction, wide = data.draw(st.integers(0, 2)), data.draw(st.booleans())
     alpha = torch.rand(shape[-1]) if data.draw(st.booleans()) else None
     options = (None, alpha, 0.25, 2.0, 0.0, -2, reduction)

@@ -162,40 +162,46 @@ def test_same_bits_wherever_an_element_lies():
                 assert (bits(result) == bits(one)).all()
 
 
+# The instruction set is chosen once, at the first call: so a process forks for each, torch imported and no more.
 PROGRAM = """
-import sys, torch
-import retinanet_ext
+import os, sys, torch
 from retinanet_ext import sigmoid_focal_loss
-torch.manual_seed(0)
-inputs = (torch.randn(301, 37) * 20).requires_grad_()
-targets = torch.randint(-2, 38, (301,))
-results = []
-for x, t, options in (
-    (inputs, targets, {}), (inputs, targets, {"gamma": 1.5}), (inputs, targets, {"label_smoothing": 0.1}),
-    (inputs, targets, {"reduction": "sum"}), (inputs, torch.rand(301, 37), {"gamma": 0.5}),
-    (inputs.bfloat16(), targets, {}), (inputs.half(), targets, {"alpha": torch.rand(37)}),
-):
-    loss = sigmoid_focal_loss(x, t, **options)
-    results += [loss.detach(), *torch.autograd.grad(loss.sum(), inputs)]
-torch.save(results, sys.argv[1])
+
+def compute(path):
+    torch.manual_seed(0)
+    inputs = (torch.randn(301, 37) * 20).requires_grad_()
+    targets = torch.randint(-2, 38, (301,))
+    results = []
+    for x, t, options in (
+        (inputs, targets, {}), (inputs, targets, {"gamma": 1.5}), (inputs, targets, {"label_smoothing": 0.1}),
+        (inputs, targets, {"reduction": "sum"}), (inputs, torch.rand(301, 37), {"gamma": 0.5}),
+        (inputs.bfloat16(), targets, {}), (inputs.half(), targets, {"alpha": torch.rand(37)}),
+    ):
+        loss = sigmoid_focal_loss(x, t, **options)
+        results += [loss.detach(), *torch.autograd.grad(loss.sum(), inputs)]
+    torch.save(results, path)
+
+for isa in sys.argv[2:]:
+    if os.fork() == 0:
+        if isa != "default":
+            os.environ["RETINANET_EXT_CPU_ISA"] = isa
+        compute(f"{sys.argv[1]}/{isa}.pt")
+        os._exit(0)
+    assert os.wait()[1] == 0
 """
 
 
 def test_every_instruction_set_agrees(tmp_path):
-    results = {}
-    for isa in ("baseline", "avx2", "avx512", "nonsense", None):
-        environment = {k: v for k, v in os.environ.items() if k != "RETINANET_EXT_CPU_ISA"}
-        environment["PYTHONPATH"] = str(Path(retinanet_ext.__file__).parents[1])
-        if isa is not None:
-            environment["RETINANET_EXT_CPU_ISA"] = isa
-        path = tmp_path / f"{isa}.pt"
-        subprocess.run([sys.executable, "-c", PROGRAM, str(path)], env=environment, check=True, cwd=tmp_path)
-        results[isa] = torch.load(path)
+    names = ("baseline", "avx2", "avx512", "nonsense", "default")
+    environment = {k: v for k, v in os.environ.items() if k != "RETINANET_EXT_CPU_ISA"}
+    environment |= {"PYTHONPATH": str(Path(retinanet_ext.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", PROGRAM, tmp_path, *names], env=environment, check=True, cwd=tmp_path)
+    results = {isa: torch.load(tmp_path / f"{isa}.pt") for isa in names}
     for isa, tensors in results.items():
         for result, expected in zip(tensors, results["baseline"], strict=True):
             # Each is within 2e-5 of the truth; fused multiply-adds tell them apart, and halves may round otherwise.
             half = result.dtype in (torch.float16, torch.bfloat16)
             rtol = torch.finfo(result.dtype).eps if half else 4e-5
             torch.testing.assert_close(result, expected, rtol=rtol, atol=1e-6, msg=lambda m, isa=isa: f"{isa}: {m}")
-    for result, expected in zip(results["nonsense"], results[None], strict=True):
+    for result, expected in zip(results["nonsense"], results["default"], strict=True):
         assert torch.equal(bits(result), bits(expected))

@@ -62,7 +62,8 @@ RNX_HD float exp2_polynomial(float t) {
   p = p * f + 0x1.62e430p-1f;
   p = p * f + 1.0f;
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
-  return p * bit_cast<float>((exponent + 127) << 23);
+  // Unsigned: for NaN the exponent is arbitrary, and a negative number must not be shifted.
+  return p * bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23);
 }
 
 // log2(d) for normal d > 0, relative error 3e-7 also near d = 1.
@@ -70,7 +71,8 @@ RNX_HD float log2_polynomial(float d) {
   const int32_t bits = bit_cast<int32_t>(d);
   // The exponent that leaves the mantissa in [2/3, 4/3).
   const int32_t exponent = (bits - 0x3f2aaaab) >> 23;
-  const float f = bit_cast<float>(bits - (exponent << 23)) - 1.0f;
+  const uint32_t mantissa_bits = static_cast<uint32_t>(bits) - (static_cast<uint32_t>(exponent) << 23);
+  const float f = bit_cast<float>(mantissa_bits) - 1.0f;
   // (log2(1 + f)/f - log2(e))/f on [-1/3, 1/3], degree 7, relative error of the logarithm 2.6e-8.
   float q = 0x1.9e6d88p-3f;
   q = q * f - 0x1.c6acf2p-3f;

@@ -14,10 +14,7 @@ constexpr int64_t kMaxTileElements = 1 << 30;  // tile-relative offsets are 32-b
 
 template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
 int launch_index(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
-  constexpr int kWidth = kVectorWidth<In>;
-  constexpr int kTileElements = kFocalVectorsPerThread * kFocalThreads * kWidth;
-  const int whole = kTileElements / args.classes / kWidth * kWidth;
-  args.rows_per_tile = std::max(whole, kWidth);
+  args.rows_per_tile = focal_rows_per_tile<In>(args.classes);
   args.tiles = (args.rows + args.rows_per_tile - 1) / args.rows_per_tile;
   const auto kernel = focal_index_kernel<In, kTask, kGamma, kByColumn>;
   const int blocks = scope.blocks_for(kernel, kFocalThreads, args.tiles);
@@ -28,10 +25,8 @@ int launch_index(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
 
 template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
 int launch_soft(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
-  constexpr int kWidth = kVectorWidth<In>;
-  args.rows_per_tile = kFocalVectorsPerThread * kFocalThreads;
-  const int64_t vectors = (args.rows * args.classes + kWidth - 1) / kWidth;
-  args.tiles = (vectors + args.rows_per_tile - 1) / args.rows_per_tile;
+  constexpr int64_t kTileElements = kFocalVectorsPerThread * kFocalThreads * kVectorWidth<In>;
+  args.tiles = (args.rows * args.classes + kTileElements - 1) / kTileElements;
   const auto kernel = focal_soft_kernel<In, kTask, kGamma, kByColumn>;
   const int blocks = scope.blocks_for(kernel, kFocalThreads, args.tiles);
   kernel<<<blocks, kFocalThreads, 0, scope.stream()>>>(args);

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "common/focal_math.h"
+#include "cuda/shared_memory.cuh"
 #include "cuda/vec.cuh"
 
 namespace retinanet_ext {
@@ -39,7 +40,7 @@ struct FocalKernelArgs {
   bool wide_targets;    // indices: int64 rather than int32; soft: float rather than the dtype of inputs
   int64_t rows;
   int classes;
-  int rows_per_tile;  // a multiple of the vector width, so that each tile starts aligned
+  int rows_per_tile;  // focal_rows_per_tile
   int64_t tiles;
   T gamma;
   T alpha_positive;
@@ -58,6 +59,15 @@ struct FocalKernelArgs {
   double* block_sums;       // kSum: [blocks]
   int64_t* block_ignored;   // kSum of a mean: [blocks] ignored rows; null otherwise
 };
+
+// Rows of a tile: as many as a batch of every thread's vectors holds, in whole vectors so that each tile starts aligned.
+template <typename In>
+int focal_rows_per_tile(int classes) {
+  constexpr int kWidth = kVectorWidth<In>;
+  constexpr int kTileElements = kFocalVectorsPerThread * kFocalThreads * kWidth;
+  const int rows = kTileElements / classes / kWidth * kWidth;
+  return rows > kWidth ? rows : kWidth;
+}
 
 template <typename T>
 __device__ __forceinline__ int64_t row_class(const FocalKernelArgs<T>& args, int64_t row) {
@@ -229,7 +239,7 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
   using T = compute_t<In>;
   constexpr int kWidth = kVectorWidth<In>;
   constexpr int kBatch = kFocalVectorsPerThread * kFocalThreads;
-  __shared__ double shared[kFocalWarps];
+  RNX_SHARED(double, shared, kFocalWarps);
   const In* inputs = static_cast<const In*>(args.inputs);
   const T upstream = kTask == FocalTask::kGradient ? common_grad<In>(args) : T(1);
   const T background_scale = args.alpha_negative * upstream;
@@ -306,20 +316,20 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
   }
 }
 
-// Soft targets, elementwise; a tile is `rows_per_tile` vectors here, and `tiles` covers rows * classes elements.
+// Soft targets, elementwise; a tile is kFocalVectorsPerThread * kFocalThreads vectors here.
 template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
 __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
     focal_soft_kernel(const FocalKernelArgs<compute_t<In>> args) {
   using T = compute_t<In>;
   constexpr int kWidth = kVectorWidth<In>;
-  __shared__ double shared[kFocalWarps];
+  RNX_SHARED(double, shared, kFocalWarps);
   const int64_t total = args.rows * args.classes;
   const T upstream = kTask == FocalTask::kGradient ? common_grad<In>(args) : T(1);
   T sum = T(0);
   for (int64_t tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
-    const int64_t first = tile * args.rows_per_tile;
-    for (int vector = threadIdx.x; vector < args.rows_per_tile; vector += kFocalThreads) {
-      const int64_t element = (first + vector) * kWidth;
+    for (int u = 0; u < kFocalVectorsPerThread; ++u) {
+      const int64_t vector = (tile * kFocalVectorsPerThread + u) * kFocalThreads + static_cast<int>(threadIdx.x);
+      const int64_t element = vector * kWidth;
       if (element >= total) break;
       const int valid = total - element < kWidth ? static_cast<int>(total - element) : kWidth;
       T x[kWidth] = {};
@@ -360,7 +370,7 @@ template <typename T>
 __global__ void __launch_bounds__(kFocalThreads)
     focal_finish_kernel(const double* block_sums, const int64_t* block_ignored, int blocks, bool mean, int64_t rows,
                         int classes, T* result) {
-  __shared__ double shared[kFocalWarps];
+  RNX_SHARED(double, shared, kFocalWarps);
   double sum = 0;
   double ignored = 0;
   for (int i = threadIdx.x; i < blocks; i += kFocalThreads) {

@@ -1,7 +1,7 @@
 """A small detection data set made on the spot: coloured shapes on textured backgrounds, in COCO format.
 
 It is easy enough to be learned from random weights in minutes on a CPU, and real enough to show every part at
-work: several classes, an eightfold range of areas, objects that overlap, images without any object.
+work: several classes, a fivefold range of areas, objects that overlap, images without any object.
 """
 
 import colorsys
@@ -25,17 +25,17 @@ _MAX_HIDDEN = 0.2
 def generate_shapes(
     root: str | Path,
     *,
-    train_images: int = 400,
+    train_images: int = 800,
     val_images: int = 100,
-    image_size: int = 128,
-    max_objects: int = 10,
+    image_size: int = 96,
+    max_objects: int = 6,
     empty_fraction: float = 0.08,
     seed: int = 0,
 ) -> Path:
     """Write a data set under `root` and return it as a Path.
 
     `root/annotations/instances_{train,val}.json` and `root/{train,val}/NNNNNN.jpg`, `image_size` pixels
-    square, a third of `max_objects` to `max_objects` shapes an image, sides of 13 to 36 % of the image;
+    square, a third of `max_objects` to `max_objects` shapes an image, sides of 17 to 38 % of the image;
     `empty_fraction` of the images are empty. The same arguments make the same files. Raises ValueError for
     sizes that make no sense.
     """
@@ -93,7 +93,7 @@ def draw_image(rng: np.random.Generator, size: int, objects: int):
     for _ in range(objects):
         for _attempt in range(20):
             label = int(rng.integers(len(SHAPE_NAMES)))
-            side = size * math.exp(rng.uniform(math.log(0.13), math.log(0.36)))
+            side = size * math.exp(rng.uniform(math.log(0.17), math.log(0.38)))
             mask = _shape_mask(rng, SHAPE_NAMES[label], size, side)
             ys, xs = np.nonzero(mask > 0.5)
             box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)

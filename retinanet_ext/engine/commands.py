@@ -42,6 +42,7 @@ def run_train(arguments: argparse.Namespace) -> int:
             min_size=tuple(arguments.min_size),
             max_size=arguments.max_size,
             anchor_sizes=tuple(arguments.anchor_sizes),
+            aspect_ratios=tuple(arguments.aspect_ratios),
             epochs=12 if arguments.epochs is None else arguments.epochs,
             batch_size=arguments.batch_size,
             optimizer=arguments.optimizer,
@@ -85,6 +86,7 @@ def run_val(arguments: argparse.Namespace) -> int:
         verify="decode" if arguments.strict else arguments.check_images,
     )
     run = RunFolder(arguments.run_dir or next_run_dir("runs", "val"))
+    run.problems.unlink(missing_ok=True)
     report_problems(dataset, run, print, arguments.strict)
     result = evaluate(
         model,
@@ -123,6 +125,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
         progress=lambda items: require("tqdm").tqdm(items, unit="image", disable=None),
     )
     problems += result.problems
+    run.problems.unlink(missing_ok=True)
     run.add_problems(problems)
     write_json(run.root / "detections.json", result.content, indent=None)
     found = len(result.content["annotations"])

@@ -34,6 +34,7 @@ class TrainConfig:
     min_size: tuple[int, ...] = (800,)
     max_size: int = 1333
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     epochs: int = 12
     batch_size: int = 4
     optimizer: str = "adamw"
@@ -76,6 +77,7 @@ class TrainConfig:
             "min_size": list(self.min_size) if len(self.min_size) > 1 else self.min_size[0],
             "max_size": self.max_size,
             "anchor_sizes": octaves(self.anchor_sizes),
+            "aspect_ratios": list(self.aspect_ratios),
         }
 
 

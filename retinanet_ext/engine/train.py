@@ -44,13 +44,16 @@ def open_datasets(
     train_set = open_dataset(config.data, config.split, images=config.images, verify=verify)
     sets = [train_set]
     if config.validate_every:
-        # An image folder named for the training json serves the validation json too, unless it has its own.
-        images = config.val_images or (config.images if config.val_data else None)
+        if config.val_data is None and Path(config.data).is_file():
+            raise DatasetError(
+                f"{config.data}: a json file holds one split: name the validation set (--val-data), or train "
+                "without one (--no-val)"
+            )
         try:
             val_set = open_dataset(
                 config.val_data or config.data,
                 config.val_split,
-                images=images,
+                images=config.val_images or config.images,
                 class_names=train_set.class_names,
                 verify=verify,
             )
@@ -59,8 +62,6 @@ def open_datasets(
         sets.append(val_set)
     for dataset in sets:
         report_problems(dataset, run, say, config.strict)
-    if config.validate_every and config.val_data is None and Path(config.data).is_file():
-        say("note: no --val-data was given with a json file: validation runs on the training images")
     return train_set, (sets[1] if len(sets) > 1 else None)
 
 

@@ -176,7 +176,7 @@ class _FocalLoss(torch.autograd.Function):
         if options.reduction == REDUCTIONS["none"]:
             return _FocalLoss.apply(inputs, targets, weight, class_alpha, elementwise, float32_loss), 0
         loss = _FocalLoss.apply(inputs, targets, weight, class_alpha, elementwise, True)
-        loss = loss.reshape(size, -1).sum(1) if loss.numel() else loss.new_zeros(size)
+        loss = loss.reshape(size, inputs.shape[1:].numel()).sum(1)
         if options.reduction == REDUCTIONS["mean"]:
             loss = loss / _mean_divisor(inputs, targets, options)
         return loss, 0
@@ -197,10 +197,9 @@ def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 def _mean_divisor(inputs: Tensor, targets: Tensor, options: Options) -> Tensor:
     """Elements that are not ignored, for each entry of the leading vmap dimension."""
     size = inputs.shape[0]
-    per_entry = inputs[0].numel() if size else 0
     if targets.is_floating_point():
-        return inputs.new_full((size,), per_entry, dtype=torch.float32)
-    kept = (targets != options.ignore_index).reshape(size, -1).sum(1)
+        return inputs.new_full((size,), inputs.shape[1:].numel(), dtype=torch.float32)
+    kept = (targets != options.ignore_index).reshape(size, targets.shape[1:].numel()).sum(1)
     return (kept * inputs.shape[-1]).to(torch.float64 if inputs.dtype == torch.float64 else torch.float32)
 
 
@@ -387,6 +386,9 @@ def _check_multilevel(logits, targets, alpha, gamma, normalizer) -> None:
     name = "multilevel_focal_loss"
     if isinstance(logits, Tensor) or len(logits) == 0:
         raise ValueError(f"{name}: logits must be a list of tensors, one a level, and is {type(logits).__name__}")
+    for argument, value in (("targets", targets), *((f"logits[{i}]", level) for i, level in enumerate(logits))):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {argument} must be a tensor, and is {type(value).__name__}")
     if targets.dim() != 2 or targets.dtype not in INDICES:
         raise ValueError(
             f"{name}: targets must be integers of shape [B, N], and are {targets.dtype} of shape {tuple(targets.shape)}"

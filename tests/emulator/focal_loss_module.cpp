@@ -1,0 +1,192 @@
+// The focal loss kernels under the emulator, over NumPy arrays of storage elements (float32, or uint16 bit patterns).
+#include <algorithm>
+
+#include "cuda_emulator.h"
+// The kernels come after the emulator, which stands in for the CUDA headers.
+#include "focal_loss/focal_loss_kernel.cuh"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <optional>
+#include <vector>
+
+namespace py = pybind11;
+using namespace retinanet_ext;
+
+namespace {
+
+// A copy of exactly the array's size, aligned as a CUDA allocation is: one element too far is seen by the sanitizer.
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(const py::array& array) : DeviceBuffer(static_cast<std::size_t>(array.nbytes())) {
+    std::memcpy(data_, array.data(), size_);
+  }
+  explicit DeviceBuffer(std::size_t size) : size_(size) {
+    if (size > 0 && posix_memalign(&data_, 256, size) != 0) throw std::bad_alloc();
+    if (size > 0) std::memset(data_, emulator::kPoison, size);
+  }
+  ~DeviceBuffer() {
+    std::free(data_);
+  }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+
+  template <typename T>
+  T* as() {
+    return static_cast<T*>(data_);
+  }
+  void copy_to(py::array& array) const {
+    std::memcpy(array.mutable_data(), data_, size_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t size_;
+};
+
+struct Options {
+  std::string task = "sum";  // loss, sum, mean, gradient
+  double gamma = 2.0;
+  double alpha = 0.25;  // negative: no balancing
+  double label_smoothing = 0.0;
+  long ignore_index = -2;
+  std::optional<py::array_t<float>> class_alpha;
+  std::optional<py::array_t<float>> weight;
+  std::optional<py::array> grad;  // gradient: [1] or [rows, classes]
+  bool mean = false;              // gradient of a mean
+  int blocks = 2;
+  emulator::Schedule schedule;
+};
+
+template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
+void launch(bool soft, FocalKernelArgs<float>& args, const Options& options) {
+  args.rows_per_tile = focal_rows_per_tile<In>(args.classes);
+  constexpr int64_t kTileElements = kFocalVectorsPerThread * kFocalThreads * kVectorWidth<In>;
+  args.tiles = soft ? (args.rows * args.classes + kTileElements - 1) / kTileElements
+                    : (args.rows + args.rows_per_tile - 1) / args.rows_per_tile;
+  emulator::Machine::get().run(options.blocks, kFocalThreads, options.schedule, [&] {
+    if (soft) {
+      focal_soft_kernel<In, kTask, kGamma, kByColumn>(args);
+    } else {
+      focal_index_kernel<In, kTask, kGamma, kByColumn>(args);
+    }
+  });
+}
+
+template <typename In, FocalTask kTask>
+void choose(bool soft, FocalKernelArgs<float>& args, const Options& options) {
+  if (args.class_alpha != nullptr || args.half_smoothing != 0) {
+    launch<In, kTask, Gamma::kAny, true>(soft, args, options);
+  } else if (args.gamma == 2) {
+    launch<In, kTask, Gamma::kTwo, false>(soft, args, options);
+  } else {
+    launch<In, kTask, Gamma::kAny, false>(soft, args, options);
+  }
+}
+
+// Loss or gradient as an array of the result's storage, or the sum as an array of one float.
+template <typename In>
+py::array run(const py::array& inputs, const py::array& targets, int classes, bool soft, bool wide_result,
+              const Options& options) {
+  FocalKernelArgs<float> args = {};
+  DeviceBuffer inputs_buffer(inputs);
+  DeviceBuffer targets_buffer(targets);
+  args.inputs = inputs_buffer.as<void>();
+  args.targets = targets_buffer.as<void>();
+  args.wide_targets = soft ? targets.itemsize() == sizeof(float) && sizeof(In) != sizeof(float)
+                           : targets.itemsize() == sizeof(int64_t);
+  args.rows = static_cast<int64_t>(inputs.size()) / classes;
+  args.classes = classes;
+  args.gamma = static_cast<float>(options.gamma);
+  const bool balanced = options.alpha >= 0 && !options.class_alpha;
+  args.alpha_positive = balanced ? static_cast<float>(options.alpha) : 1.0f;
+  args.alpha_negative = balanced ? static_cast<float>(1 - options.alpha) : 1.0f;
+  args.half_smoothing = static_cast<float>(options.label_smoothing / 2);
+  args.ignore_index = options.ignore_index;
+  std::optional<DeviceBuffer> class_alpha;
+  std::optional<DeviceBuffer> weight;
+  if (options.class_alpha) args.class_alpha = class_alpha.emplace(*options.class_alpha).as<float>();
+  if (options.weight) args.weight = weight.emplace(*options.weight).as<float>();
+
+  if (options.task == "sum" || options.task == "mean") {
+    DeviceBuffer sums(sizeof(double) * static_cast<std::size_t>(options.blocks));
+    DeviceBuffer ignored(sizeof(int64_t) * static_cast<std::size_t>(options.blocks));
+    DeviceBuffer result(sizeof(float));
+    args.block_sums = sums.as<double>();
+    args.block_ignored = options.task == "mean" && !soft ? ignored.as<int64_t>() : nullptr;
+    choose<In, FocalTask::kSum>(soft, args, options);
+    emulator::Machine::get().run(1, kFocalThreads, options.schedule, [&] {
+      focal_finish_kernel<float>(args.block_sums, args.block_ignored, options.blocks, options.task == "mean", args.rows,
+                                 args.classes, result.as<float>());
+    });
+    py::array_t<float> output(1);
+    result.copy_to(output);
+    return output;
+  }
+
+  args.wide_result = wide_result;
+  py::array output = sizeof(In) == sizeof(float) || wide_result ? py::array(py::array_t<float>(inputs.size()))
+                                                                : py::array(py::array_t<uint16_t>(inputs.size()));
+  DeviceBuffer result(static_cast<std::size_t>(output.nbytes()));
+  args.result = result.as<void>();
+  if (options.task == "loss") {
+    choose<In, FocalTask::kLoss>(soft, args, options);
+  } else {
+    DeviceBuffer grad(*options.grad);
+    DeviceBuffer count(sizeof(unsigned long long));
+    *count.as<unsigned long long>() = 0;
+    args.grad = grad.as<void>();
+    args.wide_grad = options.grad->itemsize() == sizeof(float) && sizeof(In) != sizeof(float);
+    args.scalar_grad = options.grad->size() == 1;
+    args.mean = options.mean;
+    if (options.mean && !soft) {
+      emulator::Machine::get().run(options.blocks, kFocalThreads, options.schedule, [&] {
+        if (args.wide_targets) {
+          count_ignored_kernel(targets_buffer.as<int64_t>(), args.rows, args.ignore_index, count.as<unsigned long long>());
+        } else {
+          count_ignored_kernel(targets_buffer.as<int32_t>(), args.rows, args.ignore_index, count.as<unsigned long long>());
+        }
+      });
+      args.ignored = count.as<int64_t>();
+    }
+    choose<In, FocalTask::kGradient>(soft, args, options);
+  }
+  result.copy_to(output);
+  return output;
+}
+
+emulator::Order order_of(const std::string& name) {
+  if (name == "forward") return emulator::Order::kForward;
+  if (name == "backward") return emulator::Order::kBackward;
+  if (name == "random") return emulator::Order::kRandom;
+  throw std::invalid_argument("order must be forward, backward or random, and is " + name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_focal_loss_emulator, m) {
+  py::register_exception<emulator::EmulationError>(m, "EmulationError");
+  m.def(
+      "focal_loss",
+      [](const std::string& storage, const py::array& inputs, const py::array& targets, int classes, bool soft,
+         const std::string& task, double gamma, double alpha, double label_smoothing, long ignore_index,
+         std::optional<py::array_t<float>> class_alpha, std::optional<py::array_t<float>> weight,
+         std::optional<py::array> grad, bool mean, bool wide_result, int blocks, const std::string& order, uint64_t seed,
+         int live_blocks) {
+        const Options options{task,   gamma, alpha, label_smoothing, ignore_index, class_alpha,
+                              weight, grad,  mean,  blocks,          {order_of(order), seed, live_blocks}};
+        if (storage == "float32") return run<float>(inputs, targets, classes, soft, wide_result, options);
+        if (storage == "bfloat16") return run<BFloat16>(inputs, targets, classes, soft, wide_result, options);
+        if (storage == "float16") return run<Float16>(inputs, targets, classes, soft, wide_result, options);
+        throw std::invalid_argument("storage must be float32, float16 or bfloat16, and is " + storage);
+      },
+      py::arg("storage"), py::arg("inputs"), py::arg("targets"), py::arg("classes"), py::kw_only(),
+      py::arg("soft") = false, py::arg("task") = "sum", py::arg("gamma") = 2.0, py::arg("alpha") = 0.25,
+      py::arg("label_smoothing") = 0.0, py::arg("ignore_index") = -2, py::arg("class_alpha") = py::none(),
+      py::arg("weight") = py::none(), py::arg("grad") = py::none(), py::arg("mean") = false,
+      py::arg("wide_result") = false, py::arg("blocks") = 2, py::arg("order") = "forward", py::arg("seed") = 0,
+      py::arg("live_blocks") = 1);
+}

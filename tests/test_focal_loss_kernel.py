@@ -1,0 +1,251 @@
+"""The focal loss's CUDA kernels, run by the emulator: the real kernel code, in several orders of its threads.
+
+RETINANET_EXT_SANITIZE=1, with the sanitizer's runtime preloaded, runs the same under AddressSanitizer and
+UndefinedBehaviorSanitizer: see docs/testing.md.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import retinanet_ext
+from retinanet_ext import reference
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# All legal on a GPU; a result that differs between two of them depends on the order of threads.
+SCHEDULES = [
+    {"order": "forward"},
+    {"order": "backward", "live_blocks": 2},
+    {"order": "random", "seed": 1, "live_blocks": 3},
+    {"order": "random", "seed": 2},
+]
+
+
+@pytest.fixture(scope="session")
+def emulator(test_module):
+    return test_module("_focal_loss_emulator")
+
+
+def storage(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory: halves as their bit patterns, which NumPy can hold."""
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint16).numpy() if tensor.element_size() == 2 else tensor.numpy()
+
+
+def restore(array: np.ndarray, dtype: torch.dtype, shape) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return (tensor.view(dtype) if tensor.dtype == torch.uint16 else tensor).view(shape)
+
+
+def case(rows: int, classes: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and class indices with every kind of row: background, positive, ignored, out of range."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, classes, generator=generator) * 4 - 1).to(dtype)
+    targets = torch.full((rows,), -1)
+    targets[::19] = torch.randint(0, classes, (len(targets[::19]),), generator=generator)
+    targets[7::53] = -2
+    targets[11::61] = classes + 3
+    return logits, targets
+
+
+def run(emulator, logits, targets, *, soft=False, schedule=None, **options) -> np.ndarray:
+    name = next(name for name, dtype in DTYPES.items() if dtype == logits.dtype)
+    return emulator.focal_loss(
+        name, storage(logits), storage(targets), logits.shape[-1], soft=soft, **(schedule or {}), **options
+    )
+
+
+def assert_same_in_every_order(emulator, *args, **options) -> np.ndarray:
+    first, *others = (run(emulator, *args, schedule=schedule, **options) for schedule in SCHEDULES)
+    for schedule, other in zip(SCHEDULES[1:], others, strict=True):
+        np.testing.assert_array_equal(first.view(np.uint8), other.view(np.uint8), err_msg=str(schedule))
+    return first
+
+
+def float64_gradient(logits, targets, **options) -> torch.Tensor:
+    x = logits.double().requires_grad_()
+    reference.sigmoid_focal_loss(x, targets, reduction="sum", **options).backward()
+    return x.grad
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Within the operator's relative error, 2e-5, and for halves half a unit in the last place on top."""
+    rounded = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+    # Below the smallest normal number of a half, its steps are of fixed size.
+    absolute = torch.finfo(dtype).tiny * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-30
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-5 + rounded, atol=absolute)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("gamma", [2.0, 1.5])
+@pytest.mark.parametrize(("rows", "classes"), [(203, 80), (64, 81), (1000, 3), (3, 5000), (1, 1), (4097, 1)])
+def test_sum_and_mean(emulator, dtype, gamma, rows, classes):
+    logits, targets = case(rows, classes, dtype)
+    for task in ("sum", "mean"):
+        actual = assert_same_in_every_order(emulator, logits, targets, task=task, gamma=gamma)
+        expected = reference.sigmoid_focal_loss(logits.double(), targets, gamma=gamma, reduction=task)
+        np.testing.assert_allclose(actual[0], expected.item(), rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("rows", "classes"), [(203, 80), (37, 7), (3, 5000)])
+def test_elementwise_loss(emulator, dtype, rows, classes):
+    logits, targets = case(rows, classes, dtype)
+    expected = reference.sigmoid_focal_loss(logits.double(), targets)
+    actual = assert_same_in_every_order(emulator, logits, targets, task="loss")
+    assert_close(restore(actual, dtype, logits.shape), expected, dtype)
+    wide = restore(run(emulator, logits, targets, task="loss", wide_result=True), dtype, logits.shape)
+    assert wide.dtype == torch.float32
+    assert_close(wide, expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("gamma", [2.0, 0.5])
+@pytest.mark.parametrize(("rows", "classes"), [(203, 80), (37, 7)])
+def test_gradient(emulator, dtype, gamma, rows, classes):
+    logits, targets = case(rows, classes, dtype)
+    expected = float64_gradient(logits, targets, gamma=gamma)
+    one = torch.ones(1)
+    actual = assert_same_in_every_order(
+        emulator, logits, targets, task="gradient", gamma=gamma, grad=storage(one)
+    )
+    assert_close(restore(actual, dtype, logits.shape), expected, dtype)
+
+    upstream = torch.randn(rows, classes).to(dtype)
+    actual = run(emulator, logits, targets, task="gradient", gamma=gamma, grad=storage(upstream))
+    assert_close(restore(actual, dtype, logits.shape), expected * upstream.double(), dtype)
+
+    upstream = torch.randn(rows, classes)
+    actual = run(emulator, logits, targets, task="gradient", gamma=gamma, grad=storage(upstream))
+    assert_close(restore(actual, dtype, logits.shape), expected * upstream.double(), dtype)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+def test_gradient_of_a_mean_counts_what_is_not_ignored(emulator, index_dtype):
+    logits, targets = case(301, 9, torch.float32)
+    kept = (targets != -2).sum().item() * 9
+    actual = assert_same_in_every_order(
+        emulator,
+        logits,
+        targets.to(index_dtype),
+        task="gradient",
+        mean=True,
+        grad=np.array([3.0], np.float32),
+    )
+    assert_close(
+        restore(actual, torch.float32, logits.shape),
+        float64_gradient(logits, targets) * 3 / kept,
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_options_by_class(emulator, dtype):
+    logits, targets = case(150, 21, dtype)
+    class_alpha, weight = torch.rand(21), torch.rand(21) + 0.5
+    class_alpha[3] = -1
+    options = {"gamma": 1.7, "label_smoothing": 0.1}
+    expected = reference.sigmoid_focal_loss(
+        logits.double(), targets, class_alpha.double(), weight=weight.double(), reduction="sum", **options
+    )
+    by_class = {"class_alpha": class_alpha.numpy(), "weight": weight.numpy(), **options}
+    actual = assert_same_in_every_order(emulator, logits, targets, task="sum", **by_class)
+    np.testing.assert_allclose(actual[0], expected.item(), rtol=2e-6)
+
+    actual = run(
+        emulator, logits, targets, task="gradient", grad=np.ones(1, np.float32), wide_result=True, **by_class
+    )
+    expected = float64_gradient(
+        logits, targets, alpha=class_alpha.double(), weight=weight.double(), **options
+    )
+    scale = expected.abs().max().item()  # the smoothed gradient has zero crossings
+    torch.testing.assert_close(
+        restore(actual, dtype, logits.shape).double(), expected, rtol=2e-5, atol=2e-6 * scale
+    )
+
+
+@pytest.mark.parametrize("ignore_index", [-2, 4, -100])
+def test_ignored_rows_are_zero(emulator, ignore_index):
+    logits, targets = case(100, 9, torch.float32)
+    targets[::5] = ignore_index
+    logits[::5] = float("nan")
+    for task, options in {"loss": {}, "gradient": {"grad": np.ones(1, np.float32)}}.items():
+        values = restore(
+            run(emulator, logits, targets, task=task, ignore_index=ignore_index, **options),
+            torch.float32,
+            logits.shape,
+        )
+        assert (values[::5] == 0).all()
+        assert not values.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("gamma", [2.0, 1.5])
+def test_soft_targets(emulator, dtype, gamma):
+    logits, _ = case(203, 13, dtype)
+    targets = torch.rand(203, 13).to(dtype)
+    targets[::2] = targets[::2].round()
+    for form in {dtype, torch.float32}:
+        t = targets.to(form)
+        expected = reference.sigmoid_focal_loss(logits.double(), t.double(), gamma=gamma, reduction="sum")
+        actual = assert_same_in_every_order(emulator, logits, t, soft=True, task="sum", gamma=gamma)
+        np.testing.assert_allclose(actual[0], expected.item(), rtol=2e-6)
+        options = {"soft": True, "gamma": gamma, "wide_result": True}
+        actual = run(emulator, logits, t, task="gradient", grad=np.ones(1, np.float32), **options)
+        expected = float64_gradient(logits, t.double(), gamma=gamma)
+        torch.testing.assert_close(
+            restore(actual, dtype, logits.shape).double(), expected, rtol=2e-5, atol=1e-6
+        )
+
+
+def test_nan_stays_where_it_is(emulator):
+    """Four elements share one reciprocal; a NaN among them must not reach the other three."""
+    logits, _ = case(64, 16, torch.float32)
+    targets = torch.full((64,), -1)
+    logits[3, 5] = float("nan")
+    for task, options in {"loss": {}, "gradient": {"grad": np.ones(1, np.float32)}}.items():
+        values = restore(run(emulator, logits, targets, task=task, **options), torch.float32, logits.shape)
+        expected = torch.zeros(64, 16, dtype=torch.bool)
+        expected[3, 5] = True
+        torch.testing.assert_close(values.isnan(), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_extreme_logits_are_finite(emulator, gamma):
+    largest = torch.finfo(torch.float32).max
+    logits = torch.tensor([[-largest, -200.0, -0.0, 200.0], [largest, 88.7, 1e30, -1e30]])
+    targets = torch.full((2,), -1)
+    expected = reference.sigmoid_focal_loss(logits.double(), targets, gamma=gamma)
+    actual = restore(run(emulator, logits, targets, task="loss", gamma=gamma), torch.float32, logits.shape)
+    assert_close(actual, expected, torch.float32)
+    gradient = run(emulator, logits, targets, task="gradient", gamma=gamma, grad=np.ones(1, np.float32))
+    assert_close(
+        restore(gradient, torch.float32, logits.shape),
+        float64_gradient(logits, targets, gamma=gamma),
+        torch.float32,
+    )
+
+
+def test_number_of_blocks_changes_nothing_elementwise(emulator):
+    logits, targets = case(500, 80, torch.bfloat16)
+    one, three = (run(emulator, logits, targets, task="loss", blocks=blocks) for blocks in (1, 3))
+    np.testing.assert_array_equal(one, three)
+
+
+def test_agrees_with_the_cpu_operator(emulator):
+    logits, targets = case(300, 80, torch.float32)
+    actual = restore(run(emulator, logits, targets, task="loss"), torch.float32, logits.shape)
+    torch.testing.assert_close(
+        actual, retinanet_ext.sigmoid_focal_loss(logits, targets), rtol=2e-6, atol=1e-30
+    )
+
+
+@pytest.mark.skipif(
+    os.environ.get("RETINANET_EXT_SANITIZE") != "1", reason="needs RETINANET_EXT_SANITIZE=1 (docs/testing.md)"
+)
+def test_the_sanitizer_is_at_work():
+    assert "libasan" in os.environ.get("LD_PRELOAD", "")
