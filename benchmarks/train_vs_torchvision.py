@@ -60,9 +60,7 @@ class Contestant:
         left = total_steps - len(self.records)
         batches = (batch for _, batch in zip(range(left), self.loader, strict=False))
         self.records.extend(
-            train_steps(
-                self.model, batches, self.optimizer, self.scheduler, device, first_step=len(self.records)
-            )
+            train_steps(self.model, batches, self.optimizer, self.scheduler, device, first_step=len(self.records))
         )
 
     def summary(self) -> dict[str, Any]:
@@ -81,9 +79,7 @@ class Contestant:
         }
 
 
-def torchvision_model(
-    num_classes: int, min_size: int, max_size: int, anchor_sizes: list[list[int]]
-) -> nn.Module:
+def torchvision_model(num_classes: int, min_size: int, max_size: int, anchor_sizes: list[list[int]]) -> nn.Module:
     """torchvision's RetinaNet with ResNet-18 and trainable BatchNorm, random weights."""
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18",
@@ -94,9 +90,7 @@ def torchvision_model(
         extra_blocks=LastLevelP6P7(256, 256),
     )
     anchors = AnchorGenerator(tuple(map(tuple, anchor_sizes)), ((0.5, 1.0, 2.0),) * 5)
-    return TorchvisionRetinaNet(
-        backbone, num_classes, min_size=min_size, max_size=max_size, anchor_generator=anchors
-    )
+    return TorchvisionRetinaNet(backbone, num_classes, min_size=min_size, max_size=max_size, anchor_generator=anchors)
 
 
 def make_contestants(
@@ -138,12 +132,8 @@ def make_contestants(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", required=True, help="a VOC folder, or a COCO set, with splits train and val"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a VOC folder, or a COCO set, with splits train and val")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps", type=int, help="stop after so many steps (default: all of the epochs)")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -155,9 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument(
-        "--own-weights", action="store_true", help="each model starts from its own random weights"
-    )
+    parser.add_argument("--own-weights", action="store_true", help="each model starts from its own random weights")
     parser.add_argument("--channels-last", action="store_true", help="channels_last weights for both")
     parser.add_argument("--output", type=Path, help="also write the json here")
     return parser.parse_args()
@@ -191,9 +179,7 @@ def main() -> int:
         contestant.result = evaluate(contestant.model, val_set, device=device)
         print(f"{contestant.name}\n{format_metrics(contestant.result)}")
     report = {
-        "recipe": {
-            key: value for key, value in vars(arguments).items() if key not in ("data", "output", "threads")
-        },
+        "recipe": {key: value for key, value in vars(arguments).items() if key not in ("data", "output", "threads")},
         "data": {
             "train_images": len(train_set),
             "val_images": len(val_set),

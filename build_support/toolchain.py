@@ -273,7 +273,10 @@ def decide_cuda(torch: Torch) -> tuple[bool, str]:
         return True, "RETINANET_EXT_CUDA=1"
     if torch.cuda:
         return True, f"torch {torch.version} is built for CUDA {torch.cuda}"
-    return False, f"torch {torch.version} is a CPU build (RETINANET_EXT_CUDA=1 compiles the CUDA part all the same)"
+    return (
+        False,
+        f"torch {torch.version} is a CPU build (RETINANET_EXT_CUDA=1 compiles the CUDA part all the same)",
+    )
 
 
 def no_compiler_error(torch: Torch) -> BuildError:

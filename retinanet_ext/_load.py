@@ -23,7 +23,8 @@ def _load_cpu() -> None:
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if release < (2, 10):
         raise ImportError(
-            f'retinanet_ext needs torch 2.10 or newer, and torch {torch.__version__} is installed: pip install -U "torch>=2.10"'
+            f"retinanet_ext needs torch 2.10 or newer, and torch {torch.__version__} is installed: "
+            'pip install -U "torch>=2.10"'
         )
     if not (PACKAGE / "_C.abi3.so").is_file():
         raise ImportError(

@@ -1,11 +1,12 @@
 """The command `retinanet-ext`: train, val, predict, demo, env.
 
 Exit status: 0 done; 1 the command failed, with the reason on standard error; 2 wrong arguments; 130
-interrupted. Only the standard library is imported before a command runs, so `--help` is quick and `env` needs
-no extras.
+interrupted. The extras of training are imported by the commands that use them, so `--help` and `env` need
+none.
 """
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         message = _readable(error)
-        if message is None:
+        if message is None or os.environ.get("RETINANET_EXT_TRACEBACK"):
             raise
         print(f"retinanet-ext {arguments.command}: error: {message}", file=sys.stderr)
         return 1
@@ -58,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         "  retinanet-ext demo\n"
         "  retinanet-ext train VOCdevkit/VOC2012 --arch resnet50 --epochs 12\n"
         "  retinanet-ext predict runs/train/weights/best.pt photos/\n"
-        "Each command has its own --help.",
+        "Each command has its own --help. RETINANET_EXT_TRACEBACK=1 shows where an error came from.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -70,9 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands, name: str, summary: str, examples: str, description: str = ""
-) -> argparse.ArgumentParser:
+def _command(commands, name: str, summary: str, examples: str, description: str = "") -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
         help=summary,
@@ -115,12 +114,8 @@ def _add_train(commands) -> None:
     )
     _add_checks(data)
     model = command.add_argument_group("model")
-    model.add_argument(
-        "--arch", default="resnet50", choices=("resnet18", "resnet34", "resnet50", "resnet101")
-    )
-    model.add_argument(
-        "--norm", default="batch", choices=("batch", "frozen_batch", "group"), help="(default: batch)"
-    )
+    model.add_argument("--arch", default="resnet50", choices=("resnet18", "resnet34", "resnet50", "resnet101"))
+    model.add_argument("--norm", default="batch", choices=("batch", "frozen_batch", "group"), help="(default: batch)")
     model.add_argument(
         "--min-size",
         type=int,
@@ -186,9 +181,7 @@ def _add_train(commands) -> None:
     )
     recipe.add_argument("--seed", type=int, default=0, help="(default: 0)")
     run = command.add_argument_group("run")
-    run.add_argument(
-        "--run-dir", metavar="DIR", help="the run folder (default: runs/train, runs/train2, ...)"
-    )
+    run.add_argument("--run-dir", metavar="DIR", help="the run folder (default: runs/train, runs/train2, ...)")
     run.add_argument(
         "--resume",
         metavar="RUN",
@@ -216,14 +209,10 @@ def _add_val(commands) -> None:
     )
     command.add_argument("weights", help="a checkpoint of `retinanet-ext train`")
     command.add_argument("data", help=_DATA_HELP)
-    command.add_argument(
-        "--images", metavar="DIR", help="the images of a COCO json, if they are not beside it"
-    )
+    command.add_argument("--images", metavar="DIR", help="the images of a COCO json, if they are not beside it")
     command.add_argument("--split", default="val", help="name of the split (default: val)")
     command.add_argument("--batch-size", type=int, default=4, metavar="N", help="(default: 4)")
-    command.add_argument(
-        "--run-dir", metavar="DIR", help="where results go (default: runs/val, runs/val2, ...)"
-    )
+    command.add_argument("--run-dir", metavar="DIR", help="where results go (default: runs/val, runs/val2, ...)")
     _add_checks(command)
     _add_machine(command)
 
@@ -239,9 +228,7 @@ def _add_predict(commands) -> None:
         "annotations carry scores). Exits with 1 if any image could not be read, after doing the others.",
     )
     command.add_argument("weights", help="a checkpoint of `retinanet-ext train`")
-    command.add_argument(
-        "sources", nargs="+", help="images, folders of images, or .txt lists with a path a line"
-    )
+    command.add_argument("sources", nargs="+", help="images, folders of images, or .txt lists with a path a line")
     command.add_argument(
         "--score",
         type=float,
@@ -273,9 +260,7 @@ def _add_demo(commands) -> None:
         "from random weights, evaluate it on held-out images and draw what it finds. Fails if the AP50 falls "
         "short of what a working installation reaches.",
     )
-    command.add_argument(
-        "--run-dir", metavar="DIR", help="where everything goes (default: runs/demo, runs/demo2, ...)"
-    )
+    command.add_argument("--run-dir", metavar="DIR", help="where everything goes (default: runs/demo, runs/demo2, ...)")
     command.add_argument("--seed", type=int, default=0, help="(default: 0)")
     command.add_argument("--device", default="auto", help="auto, cpu or cuda[:N] (default: auto)")
 

@@ -60,9 +60,7 @@ def find_tool(name: str) -> str:
     folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     path = shutil.which(name, path=folders)
     if path is None:
-        pytest.skip(
-            f"{name} builds the C++ test modules and was not found: pip install 'retinanet_ext[test]'"
-        )
+        pytest.skip(f"{name} builds the C++ test modules and was not found: pip install 'retinanet_ext[test]'")
     return path
 
 
@@ -93,9 +91,7 @@ def build_test_module(target: str):
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 binds the C++ test modules")
     cxx = compiler()
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
-    key = source_hash(
-        sources, version, sanitize, pybind11.__version__, sysconfig.get_config_var("EXT_SUFFIX")
-    )
+    key = source_hash(sources, version, sanitize, pybind11.__version__, sysconfig.get_config_var("EXT_SUFFIX"))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinanet_ext" / "tests"
     library = cache / f"{target}-{key}.so"
     if not library.is_file():

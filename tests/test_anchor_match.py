@@ -64,9 +64,7 @@ def lattice_boxes(num, low=1):
     """Boxes on a coarse lattice: ties and exact thresholds are common. ``low`` 0 allows sides of 0."""
     box = st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(low, 6), st.integers(low, 6))
     return st.lists(box, min_size=0, max_size=num).map(
-        lambda boxes: torch.tensor(
-            [(x, y, x + w, y + h) for x, y, w, h in boxes], dtype=torch.float32
-        ).reshape(-1, 4)
+        lambda boxes: torch.tensor([(x, y, x + w, y + h) for x, y, w, h in boxes], dtype=torch.float32).reshape(-1, 4)
     )
 
 
@@ -188,9 +186,7 @@ def test_batches_packed_boxes_and_anchors_of_each_image():
     anchors = torch.stack([random_boxes(200, generator) for _ in range(4)])
     gt_boxes = [random_boxes(count, generator) for count in (3, 0, 7, 1)]
     ignore = [torch.rand(len(boxes), generator=generator) < 0.3 for boxes in gt_boxes]
-    each = [
-        match_anchors(anchors[image], [gt_boxes[image]], gt_ignore=[ignore[image]])[0] for image in range(4)
-    ]
+    each = [match_anchors(anchors[image], [gt_boxes[image]], gt_ignore=[ignore[image]])[0] for image in range(4)]
     assert torch.equal(match_anchors(anchors, gt_boxes, gt_ignore=ignore), torch.stack(each))
 
     offsets = torch.tensor([0, 3, 3, 10, 11], dtype=torch.int32)
@@ -248,9 +244,7 @@ def test_assign_targets():
 
     assert torch.equal(assigned.matched, match_anchors(anchors, gt_boxes, 0.6, 0.3, gt_ignore=ignore))
     for image in range(3):
-        expected = [
-            gt_labels[image][row].item() if row >= 0 else row for row in assigned.matched[image].tolist()
-        ]
+        expected = [gt_labels[image][row].item() if row >= 0 else row for row in assigned.matched[image].tolist()]
         assert assigned.labels[image].tolist() == expected
         assert assigned.num_foreground[image].item() == sum(row >= 0 for row in expected)
     assert {tensor.dtype for tensor in assigned} == {torch.int32}

@@ -20,11 +20,7 @@ def random_boxes(*shape, seed=0, dtype=torch.float32):
 
 def same_bits(a, b):
     """Equal, with NaN equal to NaN."""
-    return (
-        a.dtype == b.dtype
-        and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-    )
+    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @pytest.mark.parametrize("fmt", ["xyxy", "xywh", "cxcywh"])
@@ -94,9 +90,7 @@ def test_coder_is_torchvisions_to_the_bit(weights, dtype):
     utils = pytest.importorskip("torchvision.models.detection._utils", reason="compares with torchvision")
     coder = utils.BoxCoder(weights)
     gt_boxes, anchors = random_boxes(500, seed=1, dtype=dtype), random_boxes(500, seed=2, dtype=dtype)
-    deltas = (
-        torch.randn(500, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype) * 3
-    )
+    deltas = torch.randn(500, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype) * 3
     assert same_bits(encode_boxes(gt_boxes, anchors, weights), coder.encode_single(gt_boxes, anchors))
     assert same_bits(decode_boxes(deltas, anchors, weights), coder.decode_single(deltas, anchors))
 
@@ -105,19 +99,13 @@ def test_coder_by_its_formula():
     gt_box, anchor = torch.tensor([10.0, 20, 50, 40]), torch.tensor([0.0, 0, 20, 40])
     expected = [(30 - 10) / 20, (30 - 20) / 40, math.log(40 / 20), math.log(20 / 40)]
     deltas = encode_boxes(gt_box.double(), anchor.double(), (2.0, 3.0, 4.0, 5.0))
-    assert deltas.tolist() == pytest.approx(
-        [w * d for w, d in zip((2, 3, 4, 5), expected, strict=True)], rel=1e-15
-    )
-    assert decode_boxes(deltas, anchor.double(), (2.0, 3.0, 4.0, 5.0)).tolist() == pytest.approx(
-        gt_box.tolist()
-    )
+    assert deltas.tolist() == pytest.approx([w * d for w, d in zip((2, 3, 4, 5), expected, strict=True)], rel=1e-15)
+    assert decode_boxes(deltas, anchor.double(), (2.0, 3.0, 4.0, 5.0)).tolist() == pytest.approx(gt_box.tolist())
 
 
 def test_decode_inverts_encode():
     gt_boxes, anchors = random_boxes(1000, seed=4), random_boxes(1000, seed=5)
-    decoded = decode_boxes(
-        encode_boxes(gt_boxes, anchors), anchors, clip=math.log(100)
-    )  # sides differ by 81 at most
+    decoded = decode_boxes(encode_boxes(gt_boxes, anchors), anchors, clip=math.log(100))  # sides differ by 81 at most
     # a handful of float32 roundings of coordinates below 512, whose ulp is 2^-15 at most
     assert (decoded - gt_boxes).abs().max() <= 8 * 2**-15
 
@@ -169,9 +157,7 @@ def test_coder_errors(op, name):
             op(values, anchors)
     with pytest.raises(ValueError, match=rf"{name}: expected shape \[\.\.\., 4\], got \[2, 3\]"):
         op(boxes[:, :3], boxes)
-    with pytest.raises(
-        ValueError, match=r"anchors: expected a shape that broadcasts with \[2, 4\], got \[3, 4\]"
-    ):
+    with pytest.raises(ValueError, match=r"anchors: expected a shape that broadcasts with \[2, 4\], got \[3, 4\]"):
         op(boxes, torch.zeros(3, 4))
     with pytest.raises(ValueError, match="weights: expected four positive numbers"):
         op(boxes, boxes, (1.0, 1.0, 0.0, 1.0))

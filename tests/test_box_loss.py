@@ -106,9 +106,7 @@ def test_agrees_with_a_loop(loss, beta, weights):
 def test_float32_is_as_near_to_float64_as_torchvision(loss, beta):
     utils = pytest.importorskip("torchvision.models.detection._utils", reason="compares with torchvision")
     levels, anchors, gt_boxes, matched = make_case()
-    rows = torch.cat(
-        [level.reshape(3, 3, 4, -1).permute(0, 3, 1, 2).reshape(3, -1, 4) for level in levels], 1
-    )
+    rows = torch.cat([level.reshape(3, 3, 4, -1).permute(0, 3, 1, 2).reshape(3, -1, 4) for level in levels], 1)
     coder = utils.BoxCoder((1.0, 1.0, 1.0, 1.0))
 
     def torchvisions(dtype):
@@ -196,9 +194,7 @@ def test_gradcheck(loss, beta):
 def test_normalizer():
     levels, anchors, gt_boxes, matched = make_case(torch.float64)
     each = [
-        box_regression_loss(
-            [lv[i : i + 1] for lv in levels], anchors, gt_boxes[i : i + 1], matched[i : i + 1]
-        )
+        box_regression_loss([lv[i : i + 1] for lv in levels], anchors, gt_boxes[i : i + 1], matched[i : i + 1])
         for i in range(3)
     ]
     normalizer = torch.tensor([2.0, 4.0, 8.0], requires_grad=True)
@@ -224,9 +220,7 @@ def test_no_foreground_and_empty_inputs_give_zero_and_zero_gradients():
     total.backward()
     assert total.item() == 0
     no_anchors = torch.zeros(2, 0, 4)
-    assert (
-        box_regression_loss(no_anchors, torch.zeros(0, 4), none[:2], torch.zeros(2, 0, dtype=torch.long)) == 0
-    )
+    assert box_regression_loss(no_anchors, torch.zeros(0, 4), none[:2], torch.zeros(2, 0, dtype=torch.long)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

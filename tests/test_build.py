@@ -15,9 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "build_support").is_dir(), reason="the sources are not beside the tests"
-)
+pytestmark = pytest.mark.skipif(not (ROOT / "build_support").is_dir(), reason="the sources are not beside the tests")
 
 
 @pytest.fixture
@@ -137,9 +135,7 @@ def test_compiler_of_another_cuda_major(site_packages, programs):
 
 def test_unsupported_compiler(site_packages, programs):
     programs("nvcc", fake_nvcc("11.8"))
-    result = ask(
-        site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0"
-    )
+    result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
     assert_refused(result, "nvcc 11.8", "CUDA 12 and 13")
 
 

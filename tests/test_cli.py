@@ -123,6 +123,12 @@ def test_mistakes_are_one_line_and_status_1(argv, message, data, trained, tmp_pa
     assert "Traceback" not in err
 
 
+def test_the_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("RETINANET_EXT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="/nowhere: no such file or folder"):
+        main(["train", "/nowhere"])
+
+
 def test_a_defect_is_not_hidden(monkeypatch):
     from retinanet_ext.engine import commands
 

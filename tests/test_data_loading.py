@@ -52,9 +52,7 @@ def test_flip_probability():
     for transform, dim in ((RandomHorizontalFlip, -1), (RandomVerticalFlip, -2)):
         assert torch.equal(transform(0.0)(image, target, sample_rng(0, 0, 0))[0], image)
         assert torch.equal(transform(1.0)(image, target, sample_rng(0, 0, 0))[0], image.flip(dim))
-        flips = [
-            not torch.equal(transform(0.5)(image, target, sample_rng(0, 0, i))[0], image) for i in range(400)
-        ]
+        flips = [not torch.equal(transform(0.5)(image, target, sample_rng(0, 0, i))[0], image) for i in range(400)]
         # Five standard deviations of a fair coin thrown 400 times.
         assert abs(sum(flips) - 200) < 50
         with pytest.raises(ValueError, match=r"p: expected a probability in \[0, 1\], got 1.5"):

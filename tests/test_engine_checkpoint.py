@@ -108,9 +108,7 @@ def test_foreign_files(tmp_path):
     with pytest.raises(CheckpointError, match="not a checkpoint, or one that was cut short"):
         load_checkpoint(path)
     torch.save({"backbone.body.conv1.weight": torch.zeros(1)}, path)
-    with pytest.raises(
-        CheckpointError, match=r"it holds backbone\.body\.conv1\.weight\)\. A bare state dict"
-    ):
+    with pytest.raises(CheckpointError, match=r"it holds backbone\.body\.conv1\.weight\)\. A bare state dict"):
         load_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="it holds list"):
@@ -179,7 +177,5 @@ def test_rng_state_round_trip(tmp_path):
 
 
 def test_unknown_architecture():
-    with pytest.raises(
-        ValueError, match="arch: expected one of resnet18, resnet34, resnet50, resnet101, got 'vgg'"
-    ):
+    with pytest.raises(ValueError, match="arch: expected one of resnet18, resnet34, resnet50, resnet101, got 'vgg'"):
         build_model({**CONFIG, "arch": "vgg"})

@@ -21,9 +21,7 @@ from retinanet_ext.engine.evaluate import (
 def truth(objects, classes=1, images=1):
     """`objects`: (image, class, xywh) or (image, class, xywh, marks)."""
     return {
-        "images": [
-            {"id": i, "width": 100, "height": 100, "file_name": f"{i}.png"} for i in range(1, images + 1)
-        ],
+        "images": [{"id": i, "width": 100, "height": 100, "file_name": f"{i}.png"} for i in range(1, images + 1)],
         "categories": [{"id": k, "name": f"class{k}"} for k in range(1, classes + 1)],
         "annotations": [
             {

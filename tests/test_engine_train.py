@@ -154,10 +154,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(full_run, data, tmp_path, wo
         assert {**a, **timed} == {**b, **timed}
     assert load_checkpoint(run.best)["optimizer"] is None
     optimizers = [load_checkpoint(r.last)["optimizer"]["state"] for r in (run, resumed)]
-    assert all(
-        torch.equal(a["exp_avg"], b["exp_avg"])
-        for a, b in zip(*(o.values() for o in optimizers), strict=True)
-    )
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*(o.values() for o in optimizers), strict=True))
 
 
 def test_a_finished_run_resumes_to_nothing_or_goes_further(full_run, data, tmp_path):

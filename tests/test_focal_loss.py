@@ -93,8 +93,10 @@ def test_soft_targets(gamma, alpha):
     a = alpha * t + (1 - alpha) * (1 - t) if alpha >= 0 else 1
     ce = (1 - t) * -torch.nn.functional.logsigmoid(-x) + t * -torch.nn.functional.logsigmoid(x)
     pq = torch.sigmoid(x) * torch.sigmoid(-x)
-    size = a * miss**gamma * (
-        gamma * pq / miss * (1 - 2 * t).abs() * ce + torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t
+    size = (
+        a
+        * miss**gamma
+        * (gamma * pq / miss * (1 - 2 * t).abs() * ce + torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t)
     )
     assert_relative(gradient, expected_gradient, size=size)
 
@@ -296,14 +298,22 @@ def test_mixed_dtypes_lose_nothing_of_the_targets(inputs, targets):
     assert loss.dtype == gradient.dtype == inputs
     compute = torch.float64 if inputs == torch.float64 else torch.float32
     expected, expected_gradient = exact(x, t.to(compute))
-    tolerance = {"rtol": (2e-5 if compute == torch.float32 else 1e-12) + torch.finfo(inputs).eps / 2, "atol": 1e-7}
+    tolerance = {
+        "rtol": (2e-5 if compute == torch.float32 else 1e-12) + torch.finfo(inputs).eps / 2,
+        "atol": 1e-7,
+    }
     torch.testing.assert_close(loss.double(), expected, **tolerance)
     torch.testing.assert_close(gradient.double(), expected_gradient, **tolerance)
 
 
 def test_float64_keeps_float64():
     inputs, targets = spread_logits(200, 9, torch.float64), class_targets(200, 9)
-    for options in ({}, {"gamma": 1.5}, {"label_smoothing": 0.1}, {"alpha": torch.linspace(0, 1, 9).double()}):
+    for options in (
+        {},
+        {"gamma": 1.5},
+        {"label_smoothing": 0.1},
+        {"alpha": torch.linspace(0, 1, 9).double()},
+    ):
         loss, _ = loss_and_gradient(sigmoid_focal_loss, inputs, targets, **options)
         expected, _ = exact(inputs, targets, **options)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-300)

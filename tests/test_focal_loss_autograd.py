@@ -56,12 +56,21 @@ def test_opcheck_of_the_raw_operators(case, reduction):
         options |= {"weight": torch.rand(5), "label_smoothing": 0.1}
     elif case == "by class":
         options["class_alpha"] = torch.rand(5)
-    arguments = (options["weight"], options["class_alpha"], 0.25, 1.5, options["label_smoothing"], -2, reduction)
+    arguments = (
+        options["weight"],
+        options["class_alpha"],
+        0.25,
+        1.5,
+        options["label_smoothing"],
+        -2,
+        reduction,
+    )
     wide = case == "float32 loss"
     torch.library.opcheck(FORWARD, (inputs.detach().requires_grad_(), targets, *arguments, wide))
     loss = FORWARD(inputs, targets, *arguments, wide)
     torch.library.opcheck(
-        torch.ops.retinanet_ext.sigmoid_focal_loss_backward, (torch.ones_like(loss), inputs, targets, *arguments)
+        torch.ops.retinanet_ext.sigmoid_focal_loss_backward,
+        (torch.ones_like(loss), inputs, targets, *arguments),
     )
 
 
@@ -210,15 +219,13 @@ def test_arguments_that_require_a_gradient_get_the_references(name, reduction):
         (inputs, other),
     )
     (through_func,) = torch.func.grad(
-        lambda o: (
-            sigmoid_focal_loss(
-                inputs.detach(),
-                o if name == "targets" else targets,
-                gamma=1.5,
-                reduction=reduction,
-                **({} if name == "targets" else {name: o}),
-            ).sum()
-        ),
+        lambda o: sigmoid_focal_loss(
+            inputs.detach(),
+            o if name == "targets" else targets,
+            gamma=1.5,
+            reduction=reduction,
+            **({} if name == "targets" else {name: o}),
+        ).sum(),
         argnums=(0,),
     )(other.detach())
     torch.testing.assert_close(through_func, call(reference.sigmoid_focal_loss)[2], rtol=1e-12, atol=1e-15)

@@ -40,7 +40,11 @@ MISTAKES = {
     "reduction": ((X, T, 0.25, 2, "avg"), {}, "reduction must be 'none', 'mean' or 'sum', and is 'avg'"),
     "reduction None": ((X, T, 0.25, 2, None), {}, "reduction must be 'none', 'mean' or 'sum', and is None"),
     "smoothing above 1": ((X, T), {"label_smoothing": 1.5}, "label_smoothing must be in [0, 1], and is 1.5"),
-    "smoothing below 0": ((X, T), {"label_smoothing": -0.1}, "label_smoothing must be in [0, 1], and is -0.1"),
+    "smoothing below 0": (
+        (X, T),
+        {"label_smoothing": -0.1},
+        "label_smoothing must be in [0, 1], and is -0.1",
+    ),
     "smoothing NaN": ((X, T), {"label_smoothing": math.nan}, "label_smoothing must be in [0, 1], and is nan"),
     "smoothing of soft targets": (
         (X, X),
@@ -180,14 +184,23 @@ def raw(inputs=X, targets=T, weight=None, class_alpha=None, alpha=0.25, gamma=2.
     ("arguments", "message"),
     [
         ({"inputs": indices(6, 4)}, "inputs must be float64, float32, float16 or bfloat16, and are int64"),
-        ({"targets": indices(6, 4)}, "integer targets must have the shape of inputs without its last dimension"),
-        ({"targets": torch.zeros(6)}, "floating targets must have the shape of inputs, [6, 4], and have shape [6]"),
+        (
+            {"targets": indices(6, 4)},
+            "integer targets must have the shape of inputs without its last dimension",
+        ),
+        (
+            {"targets": torch.zeros(6)},
+            "floating targets must have the shape of inputs, [6, 4], and have shape [6]",
+        ),
         ({"targets": T.short()}, "class targets must be int64 or int32"),
         ({"targets": X.half()}, "floating targets of float32 inputs must be of the same dtype or float32"),
         ({"targets": X.double()}, "floating targets of float32 inputs must be of the same dtype or float32"),
         ({"targets": X, "weight": torch.ones(4)}, "weight and label_smoothing need integer targets"),
         ({"weight": torch.ones(3)}, "weight must have shape [4], one value a class, and has shape [3]"),
-        ({"class_alpha": torch.ones(3)}, "class_alpha must have shape [4], one value a class, and has shape [3]"),
+        (
+            {"class_alpha": torch.ones(3)},
+            "class_alpha must have shape [4], one value a class, and has shape [3]",
+        ),
         ({"alpha": 2.0}, "alpha must be in [0, 1], or negative for none, and is 2"),
         ({"alpha": math.nan}, "alpha must be in [0, 1], or negative for none, and is nan"),
         ({"gamma": -1.0}, "gamma must be finite and >= 0, and is -1"),
@@ -208,7 +221,11 @@ def test_the_raw_operator_checks_too(arguments, message):
         (torch.ones(6), 0, "grad must have the shape of the loss, and has shape [6]"),
         (torch.ones(4, 6), 0, "grad must have the shape of the loss"),
         (torch.ones(6, 4), 2, "grad must have the shape of the loss"),
-        (torch.ones(6, 4).half(), 0, "grad of float32 inputs must be of the same dtype or float32, and is float16"),
+        (
+            torch.ones(6, 4).half(),
+            0,
+            "grad of float32 inputs must be of the same dtype or float32, and is float16",
+        ),
         (torch.ones(6, 4).double(), 0, "grad of float32 inputs must be of the same dtype or float32"),
     ],
     ids=str,

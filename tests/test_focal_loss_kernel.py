@@ -110,9 +110,7 @@ def test_gradient(emulator, dtype, gamma, rows, classes):
     logits, targets = case(rows, classes, dtype)
     expected = float64_gradient(logits, targets, gamma=gamma)
     one = torch.ones(1)
-    actual = assert_same_in_every_order(
-        emulator, logits, targets, task="gradient", gamma=gamma, grad=storage(one)
-    )
+    actual = assert_same_in_every_order(emulator, logits, targets, task="gradient", gamma=gamma, grad=storage(one))
     assert_close(restore(actual, dtype, logits.shape), expected, dtype)
 
     upstream = torch.randn(rows, classes).to(dtype)
@@ -156,16 +154,10 @@ def test_options_by_class(emulator, dtype):
     actual = assert_same_in_every_order(emulator, logits, targets, task="sum", **by_class)
     np.testing.assert_allclose(actual[0], expected.item(), rtol=2e-6)
 
-    actual = run(
-        emulator, logits, targets, task="gradient", grad=np.ones(1, np.float32), wide_result=True, **by_class
-    )
-    expected = float64_gradient(
-        logits, targets, alpha=class_alpha.double(), weight=weight.double(), **options
-    )
+    actual = run(emulator, logits, targets, task="gradient", grad=np.ones(1, np.float32), wide_result=True, **by_class)
+    expected = float64_gradient(logits, targets, alpha=class_alpha.double(), weight=weight.double(), **options)
     scale = expected.abs().max().item()  # the smoothed gradient has zero crossings
-    torch.testing.assert_close(
-        restore(actual, dtype, logits.shape).double(), expected, rtol=2e-5, atol=2e-6 * scale
-    )
+    torch.testing.assert_close(restore(actual, dtype, logits.shape).double(), expected, rtol=2e-5, atol=2e-6 * scale)
 
 
 @pytest.mark.parametrize("ignore_index", [-2, 4, -100])
@@ -197,9 +189,7 @@ def test_soft_targets(emulator, dtype, gamma):
         options = {"soft": True, "gamma": gamma, "wide_result": True}
         actual = run(emulator, logits, t, task="gradient", grad=np.ones(1, np.float32), **options)
         expected = float64_gradient(logits, t.double(), gamma=gamma)
-        torch.testing.assert_close(
-            restore(actual, dtype, logits.shape).double(), expected, rtol=2e-5, atol=1e-6
-        )
+        torch.testing.assert_close(restore(actual, dtype, logits.shape).double(), expected, rtol=2e-5, atol=1e-6)
 
 
 def test_nan_stays_where_it_is(emulator):
@@ -239,9 +229,7 @@ def test_number_of_blocks_changes_nothing_elementwise(emulator):
 def test_agrees_with_the_cpu_operator(emulator):
     logits, targets = case(300, 80, torch.float32)
     actual = restore(run(emulator, logits, targets, task="loss"), torch.float32, logits.shape)
-    torch.testing.assert_close(
-        actual, retinanet_ext.sigmoid_focal_loss(logits, targets), rtol=2e-6, atol=1e-30
-    )
+    torch.testing.assert_close(actual, retinanet_ext.sigmoid_focal_loss(logits, targets), rtol=2e-6, atol=1e-30)
 
 
 @pytest.mark.skipif(

@@ -210,9 +210,13 @@ def assert_fake_equals_real(operator, arguments):
     assert fake.shape == meta.shape == real.shape
     assert fake.dtype == meta.dtype == real.dtype
     assert fake.device == real.device
-    if real.numel():
-        assert fake.stride() == real.stride()
+    if real.numel():  # the stride of one element moves nothing, and torch's own empty_like differs in it
+        assert significant_strides(fake) == significant_strides(real)
     return real
+
+
+def significant_strides(tensor):
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 @given(st.data())

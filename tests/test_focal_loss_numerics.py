@@ -28,7 +28,9 @@ def bits(tensor):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.01, 0.1, 0.5, 0.99, 1.0, 2.0, 5.0])
-@pytest.mark.parametrize("form", ["background", "positive", "smoothed", "fully smoothed", "soft 0", "soft 0.4", "soft 1"])
+@pytest.mark.parametrize(
+    "form", ["background", "positive", "smoothed", "fully smoothed", "soft 0", "soft 0.4", "soft 1"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_every_finite_logit_gives_finite_and_right_numbers(gamma, form, dtype):
     values = torch.tensor(HUGE + [-x for x in HUGE], dtype=torch.float64)

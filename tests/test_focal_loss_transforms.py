@@ -49,7 +49,9 @@ def test_compile_fullgraph(reduction, soft, options):
         if soft:
             inputs, targets = inputs.t().contiguous().t(), targets.t().contiguous().t()
         for result, expected in zip(
-            loss_and_gradient(compiled, inputs, targets), loss_and_gradient(eager, inputs, targets), strict=True
+            loss_and_gradient(compiled, inputs, targets),
+            loss_and_gradient(eager, inputs, targets),
+            strict=True,
         ):
             assert torch.equal(result, expected)
         assert compiled(inputs, targets).stride() == eager(inputs, targets).stride()
@@ -134,7 +136,10 @@ class FocalLoss(torch.nn.Module):
 def test_export(reduction, strict):
     rows = torch.export.Dim("rows", min=2)
     program = torch.export.export(
-        FocalLoss(reduction), sample(), dynamic_shapes={"inputs": {0: rows}, "targets": {0: rows}}, strict=strict
+        FocalLoss(reduction),
+        sample(),
+        dynamic_shapes={"inputs": {0: rows}, "targets": {0: rows}},
+        strict=strict,
     )
     assert any("sigmoid_focal_loss" in str(node.target) for node in program.graph.nodes)
     for size in (7, 40):
@@ -183,9 +188,7 @@ def test_vmap_of_grad_equals_the_loop(reduction, soft, options):
     expected = torch.stack([gradient(x, t) for x, t in zip(inputs, targets, strict=True)])
     torch.testing.assert_close(torch.func.vmap(gradient)(inputs, targets), expected, rtol=4e-6, atol=1e-12)
     shared = torch.stack([gradient(inputs[0], t) for t in targets])
-    torch.testing.assert_close(
-        torch.func.vmap(gradient, (None, 0))(inputs[0], targets), shared, rtol=4e-6, atol=1e-12
-    )
+    torch.testing.assert_close(torch.func.vmap(gradient, (None, 0))(inputs[0], targets), shared, rtol=4e-6, atol=1e-12)
     looped = [
         loss_and_gradient(with_options(reduction=reduction, **options), x, t)[1]
         for x, t in zip(inputs, targets, strict=True)
@@ -198,12 +201,12 @@ def test_grad_of_vmap_and_nested_vmap():
     eager = with_options(reduction="mean")
     nested = torch.func.vmap(torch.func.vmap(eager))
     kept = targets.clamp(min=-1)
-    expected = torch.stack([torch.stack([eager(x, t) for x, t in zip(*pair)]) for pair in zip(inputs, kept)])
+    expected = torch.stack(
+        [torch.stack([eager(x, t) for x, t in zip(*pair, strict=True)]) for pair in zip(inputs, kept, strict=True)]
+    )
     torch.testing.assert_close(nested(inputs, kept), expected, rtol=1e-6, atol=0)
     gradient = torch.func.grad(lambda x: nested(x, kept).sum())(inputs)
-    looped = torch.func.grad(
-        lambda x: sum(eager(x[i, j], kept[i, j]) for i in range(3) for j in range(2))
-    )(inputs)
+    looped = torch.func.grad(lambda x: sum(eager(x[i, j], kept[i, j]) for i in range(3) for j in range(2)))(inputs)
     torch.testing.assert_close(gradient, looped, rtol=4e-6, atol=1e-12)
 
 
@@ -230,7 +233,10 @@ def test_jacrev_and_vjp(soft):
 def test_vmap_without_elements():
     for reduction in REDUCTIONS:
         eager = with_options(reduction=reduction)
-        for inputs, targets in ((torch.randn(3, 0, 5), torch.zeros(3, 0)), (torch.randn(3, 7, 0), torch.zeros(3, 7))):
+        for inputs, targets in (
+            (torch.randn(3, 0, 5), torch.zeros(3, 0)),
+            (torch.randn(3, 7, 0), torch.zeros(3, 7)),
+        ):
             targets = targets.long()
             expected = torch.stack([eager(x, t) for x, t in zip(inputs, targets, strict=True)])
             torch.testing.assert_close(torch.func.vmap(eager)(inputs, targets), expected, equal_nan=True)

@@ -126,7 +126,11 @@ def test_smoothed_loss_and_gradient(focal_math, isa, gamma, smoothing):
 def test_soft_loss_and_gradient(focal_math, isa, gamma, target):
     x, t = GRID.astype(np.float64), float(np.float32(target))
     p, q = sigmoid_power(x, 1), sigmoid_power(-x, 1)
-    miss, cross_entropy, a = p * (1 - t) + q * t, (1 - t) * softplus(x) + t * softplus(-x), 0.25 * t + 0.75 * (1 - t)
+    miss, cross_entropy, a = (
+        p * (1 - t) + q * t,
+        (1 - t) * softplus(x) + t * softplus(-x),
+        0.25 * t + 0.75 * (1 - t),
+    )
     loss = a * miss**gamma * cross_entropy
     slope = a * gamma * miss**gamma * (p * q / miss) * (1 - 2 * t) * cross_entropy
     plus, minus = a * miss**gamma * p * (1 - t), a * miss**gamma * q * t
@@ -148,11 +152,14 @@ def test_every_finite_logit_gives_finite_and_right_numbers(focal_math, isa, gamm
         for h in (0.0, 0.0625, 0.5):
             loss, plus, minus = hard_terms(z, gamma, h)
             if h:
-                results = [f(EXTREME, gamma, h, isa) for f in (focal_math.float32.smoothed_loss,
-                                                                focal_math.float32.smoothed_gradient)]
+                results = [
+                    f(EXTREME, gamma, h, isa)
+                    for f in (focal_math.float32.smoothed_loss, focal_math.float32.smoothed_gradient)
+                ]
             else:
-                results = [f(EXTREME, gamma, isa) for f in (focal_math.float32.hard_loss,
-                                                             focal_math.float32.hard_gradient)]
+                results = [
+                    f(EXTREME, gamma, isa) for f in (focal_math.float32.hard_loss, focal_math.float32.hard_gradient)
+                ]
             # Where γ z is below -100, the power is below 1e-43 and what the float has of it, 0 or nearly, is right.
             bound = (4 * np.minimum(gamma * np.abs(z), 100) + 200) * ULP
             assert (np.abs(results[0] - loss) <= bound * loss + 1e-30).all()
@@ -204,7 +211,10 @@ def exact_soft(x, target, gamma, alpha):
 def assert_digits(result, expected, z, gamma):
     """float64: the same count of roundings as in ``rounding_bound``, and a few more for the C library's functions."""
     bound = (2 * (gamma + 1) * abs(z) + 32) * 2.0**-52
-    assert abs(mpmath.mpf(float(result)) - expected) <= bound * abs(expected) + mpmath.mpf("1e-300"), (z, gamma)
+    assert abs(mpmath.mpf(float(result)) - expected) <= bound * abs(expected) + mpmath.mpf("1e-300"), (
+        z,
+        gamma,
+    )
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -215,7 +225,10 @@ def test_float64_forms_against_mpmath(focal_math, gamma):
             losses = double.smoothed_loss(z, gamma, h, "baseline")
             gradients = double.smoothed_gradient(z, gamma, h, "baseline")
         else:
-            losses, gradients = double.hard_loss(z, gamma, "baseline"), double.hard_gradient(z, gamma, "baseline")
+            losses, gradients = (
+                double.hard_loss(z, gamma, "baseline"),
+                double.hard_gradient(z, gamma, "baseline"),
+            )
         for logit, loss, gradient in zip(LOGITS, losses, gradients, strict=True):
             exact_loss, exact_gradient = exact_hard(logit, gamma, h)
             assert_digits(loss, exact_loss, logit, gamma)

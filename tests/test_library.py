@@ -71,7 +71,12 @@ def test_the_pattern_knows_torch_symbols():
         "_ZN5torch8autograd3fooERKN2at6TensorE",
     ):
         assert UNSTABLE_TORCH.search(name)
-    for name in ("aoti_torch_get_dim", "torch_call_dispatcher", "_ZNSt6vectorIlSaIlEE4dataEv", "_ZN6format2atEv"):
+    for name in (
+        "aoti_torch_get_dim",
+        "torch_call_dispatcher",
+        "_ZNSt6vectorIlSaIlEE4dataEv",
+        "_ZN6format2atEv",
+    ):
         assert not UNSTABLE_TORCH.search(name)
 
 

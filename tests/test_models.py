@@ -48,14 +48,11 @@ def images():
 
 
 def test_the_model_needs_no_torchvision():
-    modules = [
-        name for name, module in sys.modules.items() if name.startswith("retinanet_ext.models") and module
-    ]
+    modules = [name for name, module in sys.modules.items() if name.startswith("retinanet_ext.models") and module]
     assert len(modules) > 5
     for name in modules:
         assert not any(
-            getattr(value, "__module__", "").startswith("torchvision")
-            for value in vars(sys.modules[name]).values()
+            getattr(value, "__module__", "").startswith("torchvision") for value in vars(sys.modules[name]).values()
         )
 
 
@@ -64,9 +61,7 @@ def test_published_parameter_count():
         frozen = models.retinanet_resnet50_fpn(norm="frozen_batch")
         trainable = models.retinanet_resnet50_fpn(num_classes=91)
     assert sum(p.numel() for p in frozen.parameters()) == 34_014_999
-    assert (
-        sum(p.numel() for p in trainable.parameters()) == 34_014_999 + 2 * 26_560
-    )  # BatchNorm's weights and biases
+    assert sum(p.numel() for p in trainable.parameters()) == 34_014_999 + 2 * 26_560  # BatchNorm's weights and biases
 
 
 def test_training_output(model, images):
@@ -93,15 +88,10 @@ def test_losses_are_those_of_the_operators(model, images):
     features = model.backbone(batch.tensor)
     cls_logits, box_deltas = model.head(features)
     anchors = model.anchor_generator(batch.tensor.shape[-2:], [level.shape[-2:] for level in features])
-    boxes = [
-        resize_boxes(t["boxes"], a, b)
-        for t, a, b in zip(targets, batch.original_sizes, batch.sizes, strict=True)
-    ]
+    boxes = [resize_boxes(t["boxes"], a, b) for t, a, b in zip(targets, batch.original_sizes, batch.sizes, strict=True)]
     assigned = ops.assign_targets(anchors, boxes, [target["labels"] for target in targets])
 
-    logits = torch.cat(
-        [lv.unflatten(1, (9, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for lv in cls_logits], 1
-    )
+    logits = torch.cat([lv.unflatten(1, (9, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for lv in cls_logits], 1)
     deltas = torch.cat([lv.unflatten(1, (9, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for lv in box_deltas], 1)
     logits, deltas = logits.double(), deltas.double()
     expected_cls, expected_box = 0, 0

@@ -149,7 +149,5 @@ def test_bad_arguments_are_named(bad, text):
 
 def test_anchor_sizes_for_another_number_of_levels(images):
     model = models.retinanet_resnet18_fpn(NUM_CLASSES, anchor_sizes=((32,),) * 3, **SMALL)
-    with pytest.raises(
-        ValueError, match=r"anchor_sizes: expected sizes for each of the 5 levels.*got sizes for 3"
-    ):
+    with pytest.raises(ValueError, match=r"anchor_sizes: expected sizes for each of the 5 levels.*got sizes for 3"):
         model(images, [OBJECT, NOTHING])

@@ -76,9 +76,7 @@ def boxes_of(*rows):
 
 
 TARGETS = [
-    dict(
-        boxes=boxes_of((10, 10, 60, 70), (30, 30, 100, 90), (5, 60, 40, 95)), labels=torch.tensor([1, 6, 0])
-    ),
+    dict(boxes=boxes_of((10, 10, 60, 70), (30, 30, 100, 90), (5, 60, 40, 95)), labels=torch.tensor([1, 6, 0])),
     dict(boxes=boxes_of(), labels=torch.zeros(0, dtype=torch.int64)),
     dict(boxes=boxes_of((100, 5, 180, 60)), labels=torch.tensor([3])),
 ]
@@ -134,15 +132,11 @@ def outputs(model, images):
         head = model.head
         if isinstance(model, tv_detection.RetinaNet):
             cls, reg = head.classification_head, head.regression_head
-            return [cls.cls_logits(cls.conv(lv)) for lv in levels], [
-                reg.bbox_reg(reg.conv(lv)) for lv in levels
-            ]
+            return [cls.cls_logits(cls.conv(lv)) for lv in levels], [reg.bbox_reg(reg.conv(lv)) for lv in levels]
         return head(levels)
 
 
-@pytest.mark.parametrize(
-    ("depth", "norm"), [(18, "frozen_batch"), (34, "batch"), (50, "batch"), (101, "batch")]
-)
+@pytest.mark.parametrize(("depth", "norm"), [(18, "frozen_batch"), (34, "batch"), (50, "batch"), (101, "batch")])
 def test_head_outputs_are_the_same_bits(depth, norm):
     theirs, ours = both(depth, norm, **SMALL)
     for training in (False, True):
@@ -247,9 +241,7 @@ def test_batch_norm_statistics_are_the_same_bits():
     assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("min_size", "max_size"), [(800, 1333), (96, 100), (64, 1000), ((64, 96), 500), (333, 333)]
-)
+@pytest.mark.parametrize(("min_size", "max_size"), [(800, 1333), (96, 100), (64, 1000), ((64, 96), 500), (333, 333)])
 def test_transform_is_the_same_bits(min_size, max_size):
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     theirs = GeneralizedRCNNTransform(min_size, max_size, mean, std).eval()
@@ -265,9 +257,7 @@ def test_transform_is_the_same_bits(min_size, max_size):
         assert found.original_sizes == [tuple(image.shape[1:]) for image in images]
         boxes = boxes_of((0.3, 1.7, 20, 30), (5, 5, 5.5, 7.25))
         for size, new_size in zip(found.original_sizes, found.sizes, strict=True):
-            assert torch.equal(
-                resize_boxes(boxes, size, new_size), torchvision_resize_boxes(boxes, size, new_size)
-            )
+            assert torch.equal(resize_boxes(boxes, size, new_size), torchvision_resize_boxes(boxes, size, new_size))
 
 
 def test_anchors_are_the_same_bits():

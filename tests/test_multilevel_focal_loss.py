@@ -109,7 +109,16 @@ def test_every_dtype_of_the_targets(dtype):
 
 @pytest.mark.parametrize(
     "normalizer",
-    [None, 7, 2.5, torch.tensor(3.0), torch.tensor(4), torch.tensor([2.0, 9.0]), torch.tensor([3, 8]), torch.tensor([5.0])],
+    [
+        None,
+        7,
+        2.5,
+        torch.tensor(3.0),
+        torch.tensor(4),
+        torch.tensor([2.0, 9.0]),
+        torch.tensor([3, 8]),
+        torch.tensor([5.0]),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("layout", ["contiguous", "mixed"])
@@ -225,7 +234,10 @@ LEVELS = [torch.zeros(2, 10, 2, 2), torch.zeros(2, 10, 1, 1)]
 TARGETS = torch.zeros(2, 10, dtype=torch.int64)
 
 MISTAKES = {
-    "a tensor for the list": ((LEVELS[0], TARGETS), "logits must be a list of tensors, one a level, and is Tensor"),
+    "a tensor for the list": (
+        (LEVELS[0], TARGETS),
+        "logits must be a list of tensors, one a level, and is Tensor",
+    ),
     "no level": (([], TARGETS), "logits must be a list of tensors, one a level, and is list"),
     "soft targets": (
         (LEVELS, TARGETS.float()),
@@ -290,5 +302,7 @@ def test_a_mistake_is_a_value_error_that_names_it(name):
 def test_what_is_no_tensor():
     with pytest.raises(TypeError, match="multilevel_focal_loss: targets must be a tensor, and is list"):
         multilevel_focal_loss(LEVELS, [[0] * 10] * 2)
-    with pytest.raises(TypeError, match=re.escape("multilevel_focal_loss: logits[1] must be a tensor, and is NoneType")):
+    with pytest.raises(
+        TypeError, match=re.escape("multilevel_focal_loss: logits[1] must be a tensor, and is NoneType")
+    ):
         multilevel_focal_loss([LEVELS[0], None], TARGETS)

@@ -24,9 +24,7 @@ def nms_loop(boxes, scores, threshold, labels=None):
 
     kept = []
     for row in sorted(range(len(scores)), key=rank):
-        if all(
-            labels[row] != labels[k] or not iou_above(boxes[k], boxes[row], threshold, compute) for k in kept
-        ):
+        if all(labels[row] != labels[k] or not iou_above(boxes[k], boxes[row], threshold, compute) for k in kept):
             kept.append(row)
     return kept
 
@@ -41,9 +39,7 @@ def iou_above(a, b, threshold, compute):
     return float(iou) > threshold  # as doubles; False for NaN
 
 
-coordinates = st.one_of(
-    st.integers(0, 8).map(float), st.sampled_from([math.nan, math.inf, -math.inf, 0.1, 1e20])
-)
+coordinates = st.one_of(st.integers(0, 8).map(float), st.sampled_from([math.nan, math.inf, -math.inf, 0.1, 1e20]))
 score_values = st.sampled_from([0.0, -0.0, 0.5, 0.5, 0.25, 1.0, -1.0, math.nan, math.inf, -math.inf])
 
 
@@ -70,9 +66,7 @@ def test_agrees_with_a_loop_over_pairs(case, threshold):
     found = nms(boxes, scores, threshold)
     assert found.dtype == torch.int64
     assert found.tolist() == nms_loop(boxes, scores, threshold)
-    assert batched_nms(boxes, scores, labels, threshold).tolist() == nms_loop(
-        boxes, scores, threshold, labels
-    )
+    assert batched_nms(boxes, scores, labels, threshold).tolist() == nms_loop(boxes, scores, threshold, labels)
 
 
 def random_case(num, seed=0, dtype=torch.float32, extent=300.0):
@@ -181,9 +175,7 @@ def test_empty_inputs():
     found = batched_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), 0.5)
     assert found.shape == (0,)
     assert found.dtype == torch.int64
-    padded = batched_nms_padded(
-        torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.long), 0.5, 3
-    )
+    padded = batched_nms_padded(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.long), 0.5, 3)
     assert padded.indices.tolist() == [[-1] * 3] * 2
     assert padded.counts.tolist() == [0, 0]
 

@@ -136,9 +136,7 @@ def test_torchvision_postprocess_detections(topk, max_detections):
             count = found.counts[image]
             assert torch.equal(found.boxes[image, :count], expected[image]["boxes"])
             assert torch.equal(found.labels[image, :count], expected[image]["labels"])
-            torch.testing.assert_close(
-                found.scores[image, :count], expected[image]["scores"], rtol=2**-22, atol=0
-            )
+            torch.testing.assert_close(found.scores[image, :count], expected[image]["scores"], rtol=2**-22, atol=0)
 
 
 def test_layouts_agree_to_the_bit():
@@ -146,8 +144,7 @@ def test_layouts_agree_to_the_bit():
     expected = detect(logits, deltas, anchors, SIZES)
     assert expected.counts.min() > 5
     channels_last = [
-        [level.contiguous(memory_format=torch.channels_last) for level in levels]
-        for levels in (logits, deltas)
+        [level.contiguous(memory_format=torch.channels_last) for level in levels] for levels in (logits, deltas)
     ]
     rows = [[as_rows(level, 4) for level in levels] for levels in (logits, deltas)]
     strided = [[lv.repeat_interleave(2, dim=3)[..., ::2] for lv in levels] for levels in (logits, deltas)]
@@ -242,9 +239,7 @@ def test_nothing_to_detect_and_empty_inputs():
     assert (found.indices == -1).all()
     none = detect([lv[:0] for lv in logits], [lv[:0] for lv in deltas], anchors, [], max_detections=5)
     assert none.boxes.shape == (0, 5, 4)
-    no_anchors = detect(
-        torch.zeros(2, 0, 3), torch.zeros(2, 0, 4), torch.zeros(0, 4), SIZES, max_detections=5
-    )
+    no_anchors = detect(torch.zeros(2, 0, 3), torch.zeros(2, 0, 4), torch.zeros(0, 4), SIZES, max_detections=5)
     assert no_anchors.counts.tolist() == [0, 0]
     empty_level = [torch.zeros(2, A * 4, 0, 7)]
     found = detect([*logits, *empty_level], [*deltas, *empty_level], anchors, SIZES)
@@ -253,9 +248,7 @@ def test_nothing_to_detect_and_empty_inputs():
 
 def test_results_carry_no_graph():
     logits, deltas, anchors = make_case()
-    found = detect(
-        [lv.requires_grad_() for lv in logits], [lv.requires_grad_() for lv in deltas], anchors, SIZES
-    )
+    found = detect([lv.requires_grad_() for lv in logits], [lv.requires_grad_() for lv in deltas], anchors, SIZES)
     assert not any(tensor.requires_grad for tensor in found)
 
 

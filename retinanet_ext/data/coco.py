@@ -91,9 +91,7 @@ def _read_categories(entries: list, file: str, problems: list[Problem]) -> dict[
         if not isinstance(entry, dict) or not _is_id(entry.get("id")):
             problems.append(Problem(file, where, f"broken category: no integer id in {_short(entry)}"))
         elif entry["id"] in categories:
-            problems.append(
-                Problem(file, where, f"duplicate id: category {entry['id']} is there already; left out")
-            )
+            problems.append(Problem(file, where, f"duplicate id: category {entry['id']} is there already; left out"))
         else:
             name = str(entry.get("name", entry["id"]))
             if name in categories.values():
@@ -161,16 +159,10 @@ def _read_objects(
     seen: dict[Any, dict] = {}
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            problems.append(
-                Problem(file, f"annotation {index + 1} of the list", "broken annotation: not an object")
-            )
+            problems.append(Problem(file, f"annotation {index + 1} of the list", "broken annotation: not an object"))
             continue
-        annotation_id, image_id, category_id = (
-            _key(entry.get(key)) for key in ("id", "image_id", "category_id")
-        )
-        where = (
-            f"annotation {annotation_id}" if annotation_id is not None else f"annotation number {index + 1}"
-        )
+        annotation_id, image_id, category_id = (_key(entry.get(key)) for key in ("id", "image_id", "category_id"))
+        where = f"annotation {annotation_id}" if annotation_id is not None else f"annotation number {index + 1}"
         if annotation_id is not None and annotation_id in seen:
             same = seen[annotation_id] == entry
             problems.append(
@@ -186,9 +178,7 @@ def _read_objects(
                 continue
         seen.setdefault(annotation_id, entry)
         if image_id not in images:
-            problems.append(
-                Problem(file, where, f"unknown image: no image has the id {image_id!r}; left out")
-            )
+            problems.append(Problem(file, where, f"unknown image: no image has the id {image_id!r}; left out"))
             continue
         box = entry.get("bbox")
         if isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box):

@@ -273,9 +273,7 @@ def _check_image(path: Path, image_id: int, annotated_width, annotated_height, v
             if verify == "decode":
                 image.load()
             # Only where it may explain the size: of some formats the tag is found by decoding the whole file.
-            turned = (
-                (_as_size(annotated_width), _as_size(annotated_height)) == (height, width) != (width, height)
-            )
+            turned = (_as_size(annotated_width), _as_size(annotated_height)) == (height, width) != (width, height)
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if turned else 1
     except (OSError, SyntaxError, ValueError, EOFError, pil.DecompressionBombError) as error:
         return None, Problem(str(path), "", f"broken image: {_reason(error)}; the image is left out")
@@ -305,9 +303,7 @@ def _check_image(path: Path, image_id: int, annotated_width, annotated_height, v
     )
 
 
-def add_objects(
-    record: ImageRecord, objects: Sequence[RawObject], file: str, problems: list[Problem]
-) -> None:
+def add_objects(record: ImageRecord, objects: Sequence[RawObject], file: str, problems: list[Problem]) -> None:
     """Check `objects` against the image and put the usable ones into `record`.
 
     Left out and reported: unknown class, box not finite or not four numbers, degenerate box (a side <= 0,

@@ -54,9 +54,7 @@ def generate_shapes(
         for index in range(count):
             rng = np.random.default_rng([seed, part, index])
             objects = (
-                0
-                if rng.random() < empty_fraction
-                else int(rng.integers(max(1, max_objects // 3), max_objects + 1))
+                0 if rng.random() < empty_fraction else int(rng.integers(max(1, max_objects // 3), max_objects + 1))
             )
             picture, shapes = draw_image(rng, image_size, objects)
             name = f"{index + 1:06d}.jpg"
@@ -147,9 +145,7 @@ def _shape_mask(rng: np.random.Generator, name: str, size: int, side: float) -> 
 
 def _outline(rng: np.random.Generator, name: str) -> np.ndarray:
     """The corners of a shape around 0, upright but for a tilt of up to 20 degrees, float [P, 2]."""
-    corners, upright = {"disc": (48, 0.0), "square": (4, 0.25), "triangle": (3, -0.5), "star": (10, -0.5)}[
-        name
-    ]
+    corners, upright = {"disc": (48, 0.0), "square": (4, 0.25), "triangle": (3, -0.5), "star": (10, -0.5)}[name]
     tilt = math.radians(rng.uniform(-20.0, 20.0))
     angles = 2.0 * math.pi * np.arange(corners) / corners + upright * math.pi + tilt
     radii = np.where(np.arange(corners) % 2 == 0, 1.0, 0.42) if name == "star" else np.ones(corners)

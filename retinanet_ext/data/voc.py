@@ -40,9 +40,7 @@ class VocDataset(DetectionDataset):
         annotations = {name: _read_xml(root / "Annotations" / f"{name}.xml", problems) for name in names}
         annotations = {name: tree for name, tree in annotations.items() if tree is not None}
         if class_names is None:
-            found = {
-                _child_text(item, "name") for tree in annotations.values() for item in tree.findall("object")
-            }
+            found = {_child_text(item, "name") for tree in annotations.values() for item in tree.findall("object")}
             class_names = sorted(found - {""})
         label_of = {name: label for label, name in enumerate(class_names)}
 
@@ -76,9 +74,7 @@ def _read_split(root: Path, split: str, problems: list[Problem]) -> dict[str, in
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         splits = sorted(p.stem for p in path.parent.glob("*.txt"))
-        raise DatasetError(
-            f"{path}: no such split; there are {', '.join(splits) or 'none'} in {path.parent}"
-        ) from None
+        raise DatasetError(f"{path}: no such split; there are {', '.join(splits) or 'none'} in {path.parent}") from None
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path}: not a text file ({error})") from None
     names: dict[str, int] = {}

@@ -22,9 +22,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         if arguments.data is not None or arguments.run_dir is not None:
             raise ValueError("--resume takes DATA and --run-dir from the run: leave them out")
         run_dir = Path(arguments.resume)
-        config = resume_config(
-            run_dir, epochs=arguments.epochs, device=arguments.device, workers=arguments.workers
-        )
+        config = resume_config(run_dir, epochs=arguments.epochs, device=arguments.device, workers=arguments.workers)
     else:
         if arguments.data is None:
             raise ValueError("DATA is missing: name a data set, or a run to go on with (--resume RUN)")

@@ -111,9 +111,7 @@ def _rectangle(draw, corners, colour, line: int, dashed: bool) -> None:
         length = math.dist(start, end)
         for step in range(math.ceil(length / (2 * dash))):
             a, b = step * 2 * dash / length, min(1.0, (step * 2 + 1) * dash / length)
-            points = [
-                (start[0] + (end[0] - start[0]) * t, start[1] + (end[1] - start[1]) * t) for t in (a, b)
-            ]
+            points = [(start[0] + (end[0] - start[0]) * t, start[1] + (end[1] - start[1]) * t) for t in (a, b)]
             draw.line(points, fill=colour, width=line)
 
 

@@ -60,9 +60,7 @@ def plot_results(results_csv: Path, steps_csv: Path, path: Path) -> None:
     for name, marker in (("AP", "o"), ("AP50", "s"), ("AP75", "^")):
         values = epochs[name]
         evaluated = ~np.isnan(values)
-        axes[1, 1].plot(
-            epochs["epoch"][evaluated], values[evaluated], marker=marker, markersize=4, label=name
-        )
+        axes[1, 1].plot(epochs["epoch"][evaluated], values[evaluated], marker=marker, markersize=4, label=name)
     axes[1, 1].set(title="validation", xlabel="epoch", ylim=(0, 1))
     axes[1, 1].legend(frameon=False)
     _save(figure, path)

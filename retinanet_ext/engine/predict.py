@@ -90,9 +90,7 @@ def predict_files(
         tensor = to_tensor(picture)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             output = model([tensor.to(device)])[0]
-        images.append(
-            {"id": number, "file_name": str(path), "width": tensor.shape[2], "height": tensor.shape[1]}
-        )
+        images.append({"id": number, "file_name": str(path), "width": tensor.shape[2], "height": tensor.shape[1]})
         boxes = detected_boxes(output, class_names)
         for box in boxes:
             x1, y1, x2, y2 = box.xyxy

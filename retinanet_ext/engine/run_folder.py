@@ -65,8 +65,7 @@ class RunFolder:
         """Raises RunFolderError if the folder holds a run already."""
         if self.args.exists():
             raise RunFolderError(
-                f"{self.root}: holds a run already: choose another --run-dir, or go on with it: "
-                f"--resume {self.root}"
+                f"{self.root}: holds a run already: choose another --run-dir, or go on with it: --resume {self.root}"
             )
 
     def read_args(self) -> dict[str, Any]:

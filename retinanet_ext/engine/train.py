@@ -65,9 +65,7 @@ def open_datasets(
     return train_set, (sets[1] if len(sets) > 1 else None)
 
 
-def report_problems(
-    dataset: DetectionDataset, run: RunFolder | None, say: Callable[[str], None], strict: bool
-) -> None:
+def report_problems(dataset: DetectionDataset, run: RunFolder | None, say: Callable[[str], None], strict: bool) -> None:
     """Print the summary of a set's problems and write them out in full; with `strict`, raise DatasetError."""
     say(dataset.describe())
     for line in summarise(dataset.problems):
@@ -210,9 +208,7 @@ class Training:
         names = ("classification", "bbox_regression", "total", "foreground")
         row = {name: sum(getattr(r, name) for r in records) / len(records) for name in names}
         seconds = sorted(record.seconds for record in records)[len(records) // 2]
-        memory = (
-            torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else math.nan
-        )
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else math.nan
         return {
             "epoch": self.epoch,
             "step": self.step,

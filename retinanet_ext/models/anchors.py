@@ -12,9 +12,7 @@ from torch import Tensor, nn
 DEFAULT_SIZES = tuple((s, int(s * 2 ** (1 / 3)), int(s * 2 ** (2 / 3))) for s in (32, 64, 128, 256, 512))
 DEFAULT_ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
-_CACHED_GRIDS = (
-    16  # training at several scales meets few shapes again and again; each takes 3 MB at 800 x 1333
-)
+_CACHED_GRIDS = 16  # training at several scales meets few shapes again and again; each takes 3 MB at 800 x 1333
 
 
 def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:

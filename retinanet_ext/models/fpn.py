@@ -65,9 +65,7 @@ class FeaturePyramid(nn.Module):
         outputs = [output(level) for output, level in zip(self.layer_blocks, merged, strict=True)]
         return [*outputs, *self.extra_blocks(outputs[-1])]
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict, *args: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: dict, *args: Any) -> None:
         for blocks in ("inner_blocks", "layer_blocks"):
             for level in range(len(self.inner_blocks)):
                 for name in ("weight", "bias"):

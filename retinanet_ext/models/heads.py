@@ -27,17 +27,12 @@ class _Subnet(nn.Module):
     def __init__(self, in_channels: int):
         super().__init__()
         self.conv = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(in_channels, in_channels, 3, padding=1), nn.ReLU(inplace=True))
-                for _ in range(4)
-            )
+            *(nn.Sequential(nn.Conv2d(in_channels, in_channels, 3, padding=1), nn.ReLU(inplace=True)) for _ in range(4))
         )
         for block in self.conv:
             _init_conv(block[0])
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict, *args: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: dict, *args: Any) -> None:
         for layer in range(len(self.conv)):
             for name in ("weight", "bias"):
                 old = f"{prefix}conv.{2 * layer}.{name}"

@@ -83,8 +83,7 @@ class RetinaNet(nn.Module):
             raise ValueError(f"match_policy: expected one of {POLICIES}, got {match_policy!r}")
         if not 0 <= bg_iou_thresh <= fg_iou_thresh <= 1:
             raise ValueError(
-                "bg_iou_thresh, fg_iou_thresh: expected 0 <= bg <= fg <= 1, "
-                f"got {bg_iou_thresh}, {fg_iou_thresh}"
+                f"bg_iou_thresh, fg_iou_thresh: expected 0 <= bg <= fg <= 1, got {bg_iou_thresh}, {fg_iou_thresh}"
             )
         for name, value in (("score_thresh", score_thresh), ("nms_thresh", nms_thresh)):
             if not 0 <= value <= 1:
@@ -190,9 +189,7 @@ class RetinaNet(nn.Module):
         )
         return [
             {
-                "boxes": resize_boxes(
-                    detections.boxes[image, :count], batch.sizes[image], batch.original_sizes[image]
-                ),
+                "boxes": resize_boxes(detections.boxes[image, :count], batch.sizes[image], batch.original_sizes[image]),
                 "scores": detections.scores[image, :count],
                 "labels": detections.labels[image, :count],
             }
@@ -205,9 +202,7 @@ def _ignore_masks(targets: Sequence[Mapping[str, Tensor]]) -> list[Tensor] | Non
     if all(target.get("ignore") is None for target in targets):
         return None
     return [
-        torch.zeros_like(target["labels"], dtype=torch.bool)
-        if target.get("ignore") is None
-        else target["ignore"]
+        torch.zeros_like(target["labels"], dtype=torch.bool) if target.get("ignore") is None else target["ignore"]
         for target in targets
     ]
 

@@ -27,9 +27,7 @@ def check_images(images: Sequence[Tensor] | Tensor) -> list[Tensor]:
         if not isinstance(image, Tensor):
             raise TypeError(f"images[{index}]: expected a tensor [3, H, W], got {type(image).__name__}")
         if not image.is_floating_point():
-            raise TypeError(
-                f"images[{index}]: expected a floating type with values in 0..1, got {image.dtype}"
-            )
+            raise TypeError(f"images[{index}]: expected a floating type with values in 0..1, got {image.dtype}")
         if image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
             raise ValueError(f"images[{index}]: expected shape [3, H, W], got {list(image.shape)}")
     return images
@@ -66,9 +64,7 @@ def _check_layout(index: int, target: Mapping[str, Any], image: Tensor) -> None:
     """Types, shapes and devices: nothing that would have to wait for the device."""
     where = f"targets[{index}]"
     if not isinstance(target, Mapping):
-        raise TypeError(
-            f"{where}: expected a dictionary with 'boxes' and 'labels', got {type(target).__name__}"
-        )
+        raise TypeError(f"{where}: expected a dictionary with 'boxes' and 'labels', got {type(target).__name__}")
     for key in ("boxes", "labels"):
         if key not in target:
             raise ValueError(f"{where}: expected the key '{key}', got {sorted(target)}")
@@ -79,9 +75,7 @@ def _check_layout(index: int, target: Mapping[str, Any], image: Tensor) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{where}['{key}']: expected a tensor, got {type(value).__name__}")
         if value.device != image.device:
-            raise ValueError(
-                f"{where}['{key}']: expected it on the image's device {image.device}, got {value.device}"
-            )
+            raise ValueError(f"{where}['{key}']: expected it on the image's device {image.device}, got {value.device}")
 
     boxes, labels, ignore = target["boxes"], target["labels"], target.get("ignore")
     if not boxes.is_floating_point():
@@ -119,6 +113,5 @@ def _report_values(index: int, target: Mapping[str, Tensor], num_classes: int) -
         )
     for row in (~_labels_right(labels, num_classes)).nonzero().flatten().tolist():
         raise ValueError(
-            f"targets[{index}]['labels'][{row}]: expected a class in [0, {num_classes}), "
-            f"got {int(labels[row])}"
+            f"targets[{index}]['labels'][{row}]: expected a class in [0, {num_classes}), got {int(labels[row])}"
         )

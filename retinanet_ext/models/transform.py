@@ -35,9 +35,7 @@ def resize_boxes(boxes: Tensor, size: Size, new_size: Size) -> Tensor:
 
     The ratios are float32 quotients, as torchvision's are.
     """
-    ratio_y, ratio_x = (
-        torch.tensor(new, dtype=torch.float32) / old for new, old in zip(new_size, size, strict=True)
-    )
+    ratio_y, ratio_x = (torch.tensor(new, dtype=torch.float32) / old for new, old in zip(new_size, size, strict=True))
     return boxes * torch.stack((ratio_x, ratio_y, ratio_x, ratio_y)).to(boxes.device)
 
 
@@ -85,8 +83,7 @@ class ImageTransform(nn.Module):
         images = [self._resize(self._normalize(image)) for image in images]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         height, width = (
-            math.ceil(max(sides) / self.size_divisible) * self.size_divisible
-            for sides in zip(*sizes, strict=True)
+            math.ceil(max(sides) / self.size_divisible) * self.size_divisible for sides in zip(*sizes, strict=True)
         )
         batch = images[0].new_zeros((len(images), 3, height, width))
         for padded, image in zip(batch, images, strict=True):

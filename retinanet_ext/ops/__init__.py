@@ -2,7 +2,8 @@
 
 from .anchor_match import assign_targets, box_iou, decode_boxes, encode_boxes, match_anchors
 from .box_loss import box_regression_loss
-from .focal_loss import multilevel_focal_loss, sigmoid_focal_loss
+from .focal_loss import sigmoid_focal_loss
+from .multilevel_focal_loss import multilevel_focal_loss
 from .nms import batched_nms, batched_nms_padded, nms
 from .postprocess import detect
 

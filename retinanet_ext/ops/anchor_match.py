@@ -130,9 +130,7 @@ def assign_targets(
         TypeError, ValueError: as `match_anchors`, and for ``gt_labels`` that do not fit ``gt_boxes``.
     """
     name = "assign_targets"
-    _check_match(
-        name, anchors, gt_boxes, fg_iou_thresh, bg_iou_thresh, policy, min_pos_iou, gt_ignore, gt_offsets
-    )
+    _check_match(name, anchors, gt_boxes, fg_iou_thresh, bg_iou_thresh, policy, min_pos_iou, gt_ignore, gt_offsets)
     _check_per_box(name, "gt_labels", gt_labels, gt_boxes, INTEGERS)
     return reference.assign_targets(
         anchors,
@@ -178,9 +176,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
     return reference.box_iou(boxes1, boxes2, fmt)
 
 
-def encode_boxes(
-    gt_boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
-) -> Tensor:
+def encode_boxes(gt_boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
     """Boxes as deltas from anchors (Girshick et al., 2014, appendix C): what the box subnet is trained on.
 
     ``dx = wx (cx - cx_a) / w_a``, ``dy`` likewise, ``dw = ww log(w / w_a)``, ``dh`` likewise. Differentiable.
@@ -273,9 +269,7 @@ def check_gt_boxes(op: str, gt_boxes: Boxes, gt_offsets: Tensor | None, device: 
         named_boxes = [(f"gt_boxes[{image}]", boxes) for image, boxes in enumerate(gt_boxes)]
     else:
         if not isinstance(gt_offsets, Tensor) or gt_offsets.dtype != torch.int32:
-            raise TypeError(
-                f"{op}: gt_offsets: expected a tensor of torch.int32, got {_describe(gt_offsets)}"
-            )
+            raise TypeError(f"{op}: gt_offsets: expected a tensor of torch.int32, got {_describe(gt_offsets)}")
         if gt_offsets.dim() != 1 or len(gt_offsets) == 0:
             raise ValueError(f"{op}: gt_offsets: expected shape [B + 1], got {list(gt_offsets.shape)}")
         check_device(op, "gt_offsets", gt_offsets, device)
@@ -299,9 +293,7 @@ def _check_per_box(
         if isinstance(values, Tensor) or not isinstance(values, Sequence):
             raise TypeError(f"{op}: {name}: expected a list of [M_i], one an image, got {_describe(values)}")
         if len(values) != len(gt_boxes):
-            raise ValueError(
-                f"{op}: {name}: expected one for each of {len(gt_boxes)} images, got {len(values)}"
-            )
+            raise ValueError(f"{op}: {name}: expected one for each of {len(gt_boxes)} images, got {len(values)}")
         pairs = [(f"{name}[{image}]", *pair) for image, pair in enumerate(zip(values, gt_boxes, strict=True))]
     for where, value, boxes in pairs:
         if not isinstance(value, Tensor) or value.dtype not in dtypes:
@@ -332,8 +324,7 @@ def _check_match(
         raise ValueError(f"{op}: fg_iou_thresh: expected a number in [0, 1], got {fg_iou_thresh}")
     if not 0 <= bg_iou_thresh <= fg_iou_thresh:
         raise ValueError(
-            f"{op}: bg_iou_thresh: expected a number in [0, fg_iou_thresh], [0, {fg_iou_thresh}], "
-            f"got {bg_iou_thresh}"
+            f"{op}: bg_iou_thresh: expected a number in [0, fg_iou_thresh], [0, {fg_iou_thresh}], got {bg_iou_thresh}"
         )
     if policy not in POLICIES:
         raise ValueError(f"{op}: policy: expected one of {POLICIES}, got {policy!r}")
@@ -351,7 +342,6 @@ def _check_coder(op: str, name: str, values: Tensor, anchors: Tensor, weights: S
         torch.broadcast_shapes(values.shape, anchors.shape)
     except RuntimeError:
         raise ValueError(
-            f"{op}: anchors: expected a shape that broadcasts with {list(values.shape)}, "
-            f"got {list(anchors.shape)}"
+            f"{op}: anchors: expected a shape that broadcasts with {list(values.shape)}, got {list(anchors.shape)}"
         ) from None
     check_weights(op, weights)

@@ -67,9 +67,7 @@ def box_regression_loss(
     check_device(op, "anchors", anchors, device)
     num_images = check_gt_boxes(op, gt_boxes, gt_offsets, device)
     if num_images != batch:
-        raise ValueError(
-            f"{op}: gt_boxes: expected those of {batch} images, as deltas have, got {num_images}"
-        )
+        raise ValueError(f"{op}: gt_boxes: expected those of {batch} images, as deltas have, got {num_images}")
     if not isinstance(matched, Tensor) or matched.dtype not in (torch.int32, torch.int64):
         got = matched.dtype if isinstance(matched, Tensor) else type(matched).__name__
         raise TypeError(f"{op}: matched: expected a tensor of int32 or int64, got {got}")
@@ -83,9 +81,7 @@ def box_regression_loss(
     check_weights(op, weights)
     if isinstance(normalizer, Tensor):
         if normalizer.dim() > 0 and normalizer.shape != (batch,):
-            raise ValueError(
-                f"{op}: normalizer: expected a scalar or shape [{batch}], got {list(normalizer.shape)}"
-            )
+            raise ValueError(f"{op}: normalizer: expected a scalar or shape [{batch}], got {list(normalizer.shape)}")
         if normalizer.dim() > 0:
             check_device(op, "normalizer", normalizer, device)
     return reference.box_regression_loss(
@@ -109,9 +105,7 @@ def _check_deltas(op: str, deltas: Sequence[Tensor] | Tensor) -> tuple[int, int,
     first = levels[0][1]
     for name, level in levels[1:]:
         if len(level) != len(first):
-            raise ValueError(
-                f"{op}: {name}: expected a batch of {len(first)}, as the first level, got {len(level)}"
-            )
+            raise ValueError(f"{op}: {name}: expected a batch of {len(first)}, as the first level, got {len(level)}")
         if level.dtype != first.dtype:
             raise TypeError(f"{op}: {name}: expected {first.dtype}, as the first level, got {level.dtype}")
         check_device(op, name, level, first.device)

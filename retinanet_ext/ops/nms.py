@@ -141,7 +141,5 @@ def _check_boxes_scores(op: str, boxes: Tensor, scores: Tensor) -> None:
             f"got {len(boxes)} and {len(scores)}"
         )
     if boxes.dtype != scores.dtype:
-        raise RuntimeError(
-            f"{op}: boxes should have the same type as scores, got {boxes.dtype} and {scores.dtype}"
-        )
+        raise RuntimeError(f"{op}: boxes should have the same type as scores, got {boxes.dtype} and {scores.dtype}")
     check_device(op, "scores", scores, boxes.device)

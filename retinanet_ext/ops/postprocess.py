@@ -62,9 +62,7 @@ def detect(
     delta_levels = [box_deltas] if isinstance(box_deltas, Tensor) else box_deltas
     for name, levels in (("cls_logits", logit_levels), ("box_deltas", delta_levels)):
         if not isinstance(levels, Sequence):
-            raise TypeError(
-                f"{op}: {name}: expected a tensor or a list of tensors, got {type(levels).__name__}"
-            )
+            raise TypeError(f"{op}: {name}: expected a tensor or a list of tensors, got {type(levels).__name__}")
     if not logit_levels or len(logit_levels) != len(delta_levels):
         raise ValueError(
             f"{op}: cls_logits, box_deltas: expected as many levels, at least one, "
@@ -73,9 +71,7 @@ def detect(
     batch, num_anchors, device = _check_levels(op, logit_levels, delta_levels)
     check_anchors(op, anchors, batch)
     if anchors.shape[-2] != num_anchors:
-        raise ValueError(
-            f"{op}: anchors: expected {num_anchors}, as many as box_deltas, got {anchors.shape[-2]}"
-        )
+        raise ValueError(f"{op}: anchors: expected {num_anchors}, as many as box_deltas, got {anchors.shape[-2]}")
     check_device(op, "anchors", anchors, device)
     _check_image_sizes(op, image_sizes, batch)
     for name, limit in (("topk_per_level", topk_per_level), ("max_detections", max_detections)):
@@ -105,9 +101,7 @@ def _check_levels(
             check_floating(op, f"{name}[{index}]", level)
             check_device(op, f"{name}[{index}]", level, logit_levels[0].device)
             if level.dtype != levels[0].dtype:
-                raise TypeError(
-                    f"{op}: {name}[{index}]: expected {levels[0].dtype} at every level, got {level.dtype}"
-                )
+                raise TypeError(f"{op}: {name}[{index}]: expected {levels[0].dtype} at every level, got {level.dtype}")
     batch, num_anchors, classes = len(logit_levels[0]), 0, set()
     for index, (logits, deltas) in enumerate(zip(logit_levels, delta_levels, strict=True)):
         maps = logits.dim() == 4 and deltas.dim() == 4 and deltas.shape[1] > 0 and deltas.shape[1] % 4 == 0
@@ -131,9 +125,7 @@ def _check_levels(
                 f"got {len(logits)} and {len(deltas)}"
             )
     if len(classes) != 1:
-        raise ValueError(
-            f"{op}: cls_logits: expected the same number of classes at every level, got {sorted(classes)}"
-        )
+        raise ValueError(f"{op}: cls_logits: expected the same number of classes at every level, got {sorted(classes)}")
     return batch, num_anchors, logit_levels[0].device
 
 
@@ -142,6 +134,4 @@ def _check_image_sizes(op: str, image_sizes: Sequence[tuple[int, int]] | Tensor,
         if image_sizes.shape != (batch, 2):
             raise ValueError(f"{op}: image_sizes: expected shape [{batch}, 2], got {list(image_sizes.shape)}")
     elif len(image_sizes) != batch or any(len(size) != 2 for size in image_sizes):
-        raise ValueError(
-            f"{op}: image_sizes: expected {batch} pairs (height, width), got {list(image_sizes)}"
-        )
+        raise ValueError(f"{op}: image_sizes: expected {batch} pairs (height, width), got {list(image_sizes)}")

@@ -20,9 +20,7 @@ BETWEEN_THRESHOLDS = -2  # neither foreground nor background: left out of every 
 
 DELTA_CLIP = math.log(1000.0 / 16)  # largest dw, dh that decoding accepts: a factor of 62.5
 
-_PAIRS_A_BLOCK = (
-    1 << 20
-)  # at most so many IoU values are held at once (or one ground-truth box against all anchors)
+_PAIRS_A_BLOCK = 1 << 20  # at most so many IoU values are held at once (or one ground-truth box against all anchors)
 
 
 class AssignedTargets(NamedTuple):
@@ -68,9 +66,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
             lo2, hi2 = boxes2[..., :2] - size2 / 2, boxes2[..., :2] + size2 / 2
     area1, area2 = size1[..., 0] * size1[..., 1], size2[..., 0] * size2[..., 1]
 
-    overlap = torch.min(hi1[..., None, :], hi2[..., None, :, :]) - torch.max(
-        lo1[..., None, :], lo2[..., None, :, :]
-    )
+    overlap = torch.min(hi1[..., None, :], hi2[..., None, :, :]) - torch.max(lo1[..., None, :], lo2[..., None, :, :])
     overlap = overlap.clamp(min=0)
     intersection = overlap[..., 0] * overlap[..., 1]
     union = area1[..., None] + area2[..., None, :] - intersection
@@ -164,9 +160,7 @@ def match_anchors(
         gt_boxes = split_packed(gt_boxes, gt_offsets)
         gt_ignore = None if gt_ignore is None else split_packed(gt_ignore, gt_offsets)
 
-    result = torch.full(
-        (len(gt_boxes), anchors.shape[-2]), BACKGROUND, dtype=torch.int32, device=anchors.device
-    )
+    result = torch.full((len(gt_boxes), anchors.shape[-2]), BACKGROUND, dtype=torch.int32, device=anchors.device)
     for image, image_boxes in enumerate(gt_boxes):
         dtype = torch.promote_types(upcast(anchors).dtype, upcast(image_boxes).dtype)
         image_anchors = (anchors if anchors.dim() == 2 else anchors[image]).to(dtype)
@@ -232,9 +226,7 @@ def _centers_and_sizes(boxes: Tensor) -> tuple[Tensor, Tensor]:
     return boxes[..., :2] + 0.5 * sizes, sizes
 
 
-def encode_boxes(
-    gt_boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
-) -> Tensor:
+def encode_boxes(gt_boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
     """See `retinanet_ext.ops.encode_boxes`."""
     dtype = torch.promote_types(gt_boxes.dtype, anchors.dtype)
     compute = torch.promote_types(dtype, torch.float32)

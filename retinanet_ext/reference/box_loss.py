@@ -53,9 +53,7 @@ def box_regression_loss(
             image_loss = _giou_loss(decode_boxes(fg_deltas, fg_anchors, weights), fg_boxes).sum()
         else:
             expected = encode_boxes(fg_boxes, fg_anchors, weights)
-            image_loss = F.smooth_l1_loss(
-                fg_deltas, expected, reduction="sum", beta=0.0 if loss == "l1" else beta
-            )
+            image_loss = F.smooth_l1_loss(fg_deltas, expected, reduction="sum", beta=0.0 if loss == "l1" else beta)
         losses.append(image_loss)
 
     per_image = torch.stack(losses) if losses else deltas.sum(dim=(1, 2)).to(compute)

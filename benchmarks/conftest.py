@@ -1,0 +1,281 @@
+"""`pytest benchmarks/ --benchmark`: every case beside its peers in one run.
+
+Without --benchmark each case runs once at a small size and checks that both sides agree, so that continuous
+integration keeps the benchmarks alive. With it, the sides are timed in turns (A B A B ...), on CUDA by device events
+with the L2 cache flushed before each run, and the results are written as json with the date, the machine, the versions
+and the commit.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+import retinanet_ext
+
+HERE = Path(__file__).resolve().parent
+MIN_ROUNDS, MAX_ROUNDS = 7, 200
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("retinanet_ext")
+    group.addoption("--benchmark", action="store_true", help="time the cases; without it each runs once, small")
+    group.addoption("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA where there is a GPU")
+    group.addoption("--quick", action="store_true", help="a quarter of the time for each case")
+    group.addoption("--results", default=None, metavar="JSON", help="where to write the results")
+
+
+def pytest_configure(config):
+    config.stash[RESULTS] = []
+
+
+RESULTS = pytest.StashKey[list]()
+
+
+@dataclass
+class Timing:
+    """Milliseconds of one side."""
+
+    median: float
+    minimum: float
+    maximum: float
+    rounds: int
+
+
+@dataclass
+class Result:
+    """One case: ours, each peer, and what the work amounts to."""
+
+    case: str
+    device: str
+    ours: Timing
+    peers: dict[str, Timing]
+    skipped: dict[str, str]
+    elements: int
+    bytes: int  # the fewest the case can move: each input read once, each output written once
+    special_ops: float  # special-function operations of our CUDA kernel; 0 where none is claimed
+    copy_gb_per_s: float
+    details: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes / self.ours.median / 1e6
+
+    def speedups(self) -> dict[str, float]:
+        return {name: timing.median / self.ours.median for name, timing in self.peers.items()}
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    name = request.config.getoption("--device")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("--device cuda, and torch sees no GPU")
+    return torch.device(name)
+
+
+@pytest.fixture(scope="session")
+def timed(request) -> bool:
+    return request.config.getoption("--benchmark")
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth(device, timed) -> float:
+    """GB/s of a large copy on the device, bytes read plus bytes written; nan in a smoke run."""
+    if not timed:
+        return math.nan
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
+    target = torch.empty_like(source)
+    clock = Clock(device)
+    times = [clock.time(lambda: target.copy_(source)) for _ in range(12)][2:]
+    return 2 * source.numel() * 4 / statistics.median(times) / 1e6
+
+
+class Clock:
+    """Milliseconds of one call: on the CPU by the wall clock, on CUDA by events after an L2 flush."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            self.flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
+            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time(self, call: Callable[[], object]) -> float:
+        if not self.cuda:
+            begin = time.perf_counter()
+            call()
+            return (time.perf_counter() - begin) * 1e3
+        self.flush.zero_()
+        self.start.record()
+        call()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end)
+
+
+@pytest.fixture
+def compare(request, device, timed, copy_bandwidth):
+    """compare(case, ours, peers, agree, ...): checks that the sides agree, then times them in turns."""
+
+    def run(
+        case: str,
+        ours: Callable[[], object],
+        peers: dict[str, Callable[[], object] | str],
+        agree: Callable[[object, object], None],
+        *,
+        elements: int,
+        bytes: int,
+        special_ops: float = 0.0,
+        **details,
+    ) -> None:
+        running = {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
+        skipped = {name: peer for name, peer in peers.items() if isinstance(peer, str)}
+        for name, peer in running.items():
+            try:
+                agree(ours(), peer())
+            except AssertionError as error:
+                raise AssertionError(f"{case}: ours and {name} disagree: {error}") from error
+        if not timed:
+            ours()
+            return
+
+        clock = Clock(device)
+        budget = 0.75 if request.config.getoption("--quick") else 3.0
+        times = {name: [] for name in running}
+        for call in (ours, *running.values()):
+            call()
+        once = clock.time(ours) + sum(clock.time(peer) for peer in running.values())
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget * 1e3 / max(once, 1e-3))))
+        own_times = []
+
+        def peers_turn():
+            for name, peer in running.items():
+                times[name].append(clock.time(peer))
+
+        def our_turn():
+            own_times.append(clock.time(ours))
+
+        # pytest-benchmark runs `setup` before every round without timing it: the sides take turns.
+        request.getfixturevalue("benchmark").pedantic(our_turn, setup=peers_turn, rounds=rounds, warmup_rounds=2)
+        result = Result(
+            case=case,
+            device=device.type,
+            ours=summarise(own_times[2:]),
+            peers={name: summarise(values[2:]) for name, values in times.items()},
+            skipped=skipped,
+            elements=elements,
+            bytes=bytes,
+            special_ops=special_ops,
+            copy_gb_per_s=copy_bandwidth,
+            details=details,
+        )
+        request.config.stash[RESULTS].append(result)
+
+    return run
+
+
+def summarise(values: list[float]) -> Timing:
+    return Timing(statistics.median(values), min(values), max(values), len(values))
+
+
+def optional_peer(module: str) -> str | None:
+    """None where a peer's package can be imported, else why it is skipped."""
+    return None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        run = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def processor() -> str:
+    try:
+        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.machine()
+
+
+def machine() -> dict[str, object]:
+    facts: dict[str, object] = {
+        "processor": processor(),
+        "processors": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "retinanet_ext": retinanet_ext.build_info(),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+    }
+    for peer in ("torchvision", "mmcv", "apex"):
+        if importlib.util.find_spec(peer):
+            facts[peer] = importlib.metadata.version(peer)
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["driver"] = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    return facts
+
+
+def pytest_sessionfinish(session):
+    results = session.config.stash[RESULTS]
+    if not results:
+        return
+    now = datetime.datetime.now(datetime.timezone.utc)
+    default = HERE / "results" / f"{now:%Y-%m-%d}-{results[0].device}.json"
+    path = Path(session.config.getoption("--results") or default)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "date": now.isoformat(timespec="seconds"),
+        "unit": "milliseconds",
+        "machine": machine(),
+        "results": [asdict(result) for result in results],
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(partial, path)
+    session.config.stash[RESULTS_PATH] = path
+
+
+RESULTS_PATH = pytest.StashKey[Path]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    results = config.stash[RESULTS]
+    if not results:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("ours beside the peers (medians)")
+    width = max(len(result.case) for result in results)
+    for result in results:
+        share = 100 * result.gb_per_s / result.copy_gb_per_s
+        line = (
+            f"{result.case:<{width}}  {result.ours.median:9.3f} ms  {result.gb_per_s:7.1f} GB/s  {share:4.0f} % of copy"
+        )
+        for name, factor in result.speedups().items():
+            line += f"   {name} {result.peers[name].median:.3f} ms ({factor:.1f}x)"
+        write(line)
+    for name, reason in {pair for result in results for pair in result.skipped.items()}:
+        write(f"peer {name} was skipped: {reason}")
+    write(f"written to {config.stash[RESULTS_PATH]}")
