@@ -1,7 +1,7 @@
 """Sigmoid focal loss, sum: forward, and forward with backward, beside torchvision (eager, compiled), mmcv and apex.
 
-Logits look like a detector's in training: mostly confident background, one row in 500 positive. torchvision takes one-hot
-targets, which are made before the clock starts.
+Logits look like those of a detector in training: mostly confident background, one row in 500 positive. torchvision
+takes one-hot targets, which are made before the clock starts.
 """
 
 from __future__ import annotations

@@ -232,9 +232,9 @@ def _add_predict(commands) -> None:
     command.add_argument(
         "--score",
         type=float,
-        default=0.4,
+        default=0.5,
         metavar="S",
-        help="draw detections of at least this score (default: 0.4)",
+        help="draw detections of at least this score (default: 0.5)",
     )
     command.add_argument(
         "--min-score",

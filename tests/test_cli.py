@@ -92,7 +92,9 @@ def test_predict_goes_on_past_an_unreadable_image(trained, data, tmp_path, capsy
     assert status == 1
     assert "1 images" in out
     assert "2 problems, first:" in err
-    assert "bad.png: broken image" in (tmp_path / "out" / "problems.txt").read_text()
+    problems = (tmp_path / "out" / "problems.txt").read_text()
+    assert "bad.png: broken image" in problems
+    assert "none.png: missing image" in problems
 
 
 @pytest.mark.parametrize(

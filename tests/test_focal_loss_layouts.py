@@ -43,6 +43,15 @@ def inside(view, low=-6, high=6):
     return view
 
 
+def alike(view, dtype, values=None):
+    """Memory like that of ``view``, gaps included, in ``dtype``; other numbers in [0, 1] where ``values`` is "targets"."""
+    size = view.untyped_storage().nbytes() // view.element_size()
+    memory = view.as_strided((size,), (1,), 0).to(dtype)
+    if values == "targets":
+        memory = torch.rand(size).to(dtype)
+    return memory.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
 LAYOUTS = {
     "contiguous": lambda: inside(base(23, 7)),
     "row slices": lambda: inside(base(23, 19)[:, 5:12]),
@@ -89,22 +98,24 @@ def test_layouts_of_inputs_with_class_indices(name, options):
     assert_same_as_contiguous(inputs, targets, **options)
     strided = torch.empty(*inputs.shape[:-1], 2, dtype=torch.int64)[..., 0].copy_(targets)
     assert_same_as_contiguous(inputs, strided, **options)
-    assert_same_as_contiguous(inputs.double(), targets.int(), **options)
-    assert_same_as_contiguous(inputs.bfloat16(), targets, **options)
+    assert_same_as_contiguous(alike(inputs, torch.float64), targets.int(), **options)
+    assert_same_as_contiguous(alike(inputs, torch.bfloat16), targets, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_of_soft_targets(name, dtype):
-    inputs = LAYOUTS[name]().to(dtype)  # keeps dense strides
+    inputs = alike(LAYOUTS[name](), dtype)
     assert_same_as_contiguous(inputs, torch.rand(inputs.shape, dtype=dtype))
-    same = inside(torch.empty_like(LAYOUTS[name]()), 0, 1).to(dtype)
+    same = alike(inputs, dtype, "targets")
     loss, gradient = assert_same_as_contiguous(inputs, same)
-    if dtype == torch.float32 and name in ("transposed", "channels_last head", "image head", "classes first"):
+    if name in ("transposed", "channels_last head", "image head", "classes first"):
         assert loss.stride() == gradient.stride() == inputs.stride()  # no copy is made to change the layout
     assert_same_as_contiguous(inputs, torch.rand(inputs.shape))
     assert_same_as_contiguous(inputs, torch.rand(1).to(dtype).expand(inputs.shape))
     assert_same_as_contiguous(inputs, same, alpha=torch.rand(inputs.shape[-1]))
+    upstream = alike(inputs, dtype, "targets")
+    assert_same_as_contiguous(inputs, same, upstream)
 
 
 def test_soft_targets_of_a_segmentation_map():

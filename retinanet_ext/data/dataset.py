@@ -230,6 +230,8 @@ def read_image(path: Path | str, upright: bool | None = False):
             if image.mode.startswith("I;16"):
                 image = pil.fromarray(np.asarray(image, dtype=np.float32) / 257.0)
             return image if image.mode == "F" else image.convert("RGB")
+    except FileNotFoundError as error:
+        raise UnreadableImageError(Problem(str(path), "", "missing image: no such file")) from error
     except (OSError, SyntaxError, ValueError, EOFError, pil.DecompressionBombError) as error:
         raise UnreadableImageError(Problem(str(path), "", f"broken image: {_reason(error)}")) from error
 

@@ -52,7 +52,6 @@ def demo_config(data: Path, *, epochs: int, device: str, seed: int) -> TrainConf
         vflip=0.5,
         seed=seed,
         device=device,
-        validate_every=epochs,
     )
 
 

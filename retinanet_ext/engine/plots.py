@@ -61,7 +61,9 @@ def plot_results(results_csv: Path, steps_csv: Path, path: Path) -> None:
         values = epochs[name]
         evaluated = ~np.isnan(values)
         axes[1, 1].plot(epochs["epoch"][evaluated], values[evaluated], marker=marker, markersize=4, label=name)
-    axes[1, 1].set(title="validation", xlabel="epoch", ylim=(0, 1))
+    last = max(1.0, epochs["epoch"].max(initial=1.0))
+    axes[1, 1].set(title="validation", xlabel="epoch", xlim=(0.5, last + 0.5), ylim=(0, 1))
+    axes[1, 1].xaxis.get_major_locator().set_params(integer=True)
     axes[1, 1].legend(frameon=False)
     _save(figure, path)
 
