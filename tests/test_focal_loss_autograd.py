@@ -84,6 +84,17 @@ def test_the_raw_operator_has_the_wrappers_gradient():
         assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("name", ["targets", "weight", "class_alpha"])
+def test_the_raw_operator_refuses_gradients_it_lacks(name):
+    inputs = torch.randn(3, 4, requires_grad=True)
+    by_class = torch.rand(4, requires_grad=True)
+    targets = torch.rand(3, 4, requires_grad=True) if name == "targets" else torch.tensor([0, -1, 3])
+    weight, class_alpha = (by_class if name == option else None for option in ("weight", "class_alpha"))
+    loss = FORWARD(inputs, targets, weight, class_alpha, 0.25, 2.0, 0.0, -2, 2, False)
+    with pytest.raises(RuntimeError, match=f"no gradient for {name}"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_double_backward_says_so(reduction, soft):

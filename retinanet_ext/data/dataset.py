@@ -267,9 +267,9 @@ def check_images(
 
 def _check_image(path: Path, image_id: int, annotated_width, annotated_height, verify: str):
     pil = require("PIL.Image")
-    if not path.is_file():
-        return None, Problem(str(path), "", "missing image: no such file; the image is left out")
     try:
+        if not path.is_file():
+            return None, Problem(str(path), "", "missing image: no such file; the image is left out")
         with pil.open(path) as image:
             width, height = image.size
             if verify == "decode":

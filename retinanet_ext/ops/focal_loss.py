@@ -101,6 +101,12 @@ def _raw_setup_context(ctx, inputs, output):
 
 
 def _raw_backward(ctx, grad):
+    for position, name in ((1, "targets"), (2, "weight"), (3, "class_alpha")):
+        if ctx.needs_input_grad[position]:
+            raise RuntimeError(
+                f"sigmoid_focal_loss: the operator has no gradient for {name}; "
+                "retinanet_ext.sigmoid_focal_loss and retinanet_ext.reference have it"
+            )
     logits, targets, weight, class_alpha = ctx.saved_tensors
     grad_inputs = torch.ops.retinanet_ext.sigmoid_focal_loss_backward(
         grad, logits, targets, weight, class_alpha, *ctx.options

@@ -115,7 +115,7 @@ def infer_num_classes(logits: Sequence[Tensor], num_anchors: int) -> int:
     for level in logits:
         if level.dim() == 3:
             return level.shape[-1]
-    per_image = sum(level[0].numel() for level in logits) if logits[0].shape[0] else 0
+    per_image = sum(level.shape[1:].numel() for level in logits)
     return per_image // num_anchors if num_anchors else 1
 
 
