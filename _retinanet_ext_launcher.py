@@ -23,7 +23,7 @@ def load_diagnostics():
 def main() -> int:
     try:
         from retinanet_ext.cli import main as command
-    except ImportError as error:
+    except Exception as error:  # whatever is wrong with the package or with torch, `env` reports it
         if sys.argv[1:2] == ["env"]:
             return load_diagnostics().print_report()
         print(f"retinanet-ext: {error}\nRun `retinanet-ext env` for details.", file=sys.stderr)

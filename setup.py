@@ -24,8 +24,8 @@ PRODUCTS = ("_C.abi3.so", "_C_cuda.so", "_build_info.json")
 
 
 def tool(name: str) -> str:
-    """A program of the build environment, before one of the same name elsewhere on the PATH."""
-    path = shutil.which(name)
+    """A program of the PATH, on which pip puts its build environment first, or else of this Python's environment."""
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if path is None:
         raise toolchain.BuildError(f"{name} was not found.\nMend it with:  pip install {name}")
     return path
@@ -55,7 +55,9 @@ class CMakeBuild(build_ext):
             f"-B{build_folder}",
             "-GNinja",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-            f"-DCMAKE_CXX_COMPILER={plan.cxx}",
+            f"-DCMAKE_CXX_COMPILER={plan.cxx.path}",
+            f"-DCMAKE_CXX_COMPILER_LAUNCHER={plan.cxx.launcher or ''}",
+            f"-DCMAKE_CXX_FLAGS={plan.cxx.flags}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DRETINANET_EXT_VERSION={self.distribution.get_version()}",
             f"-DRETINANET_EXT_TORCH={plan.torch.root}",
@@ -66,27 +68,29 @@ class CMakeBuild(build_ext):
         environment = dict(os.environ)
         if plan.nvcc is not None:
             configure.append(f"-DCMAKE_CUDA_COMPILER={plan.nvcc.path}")
-            configure.append(f"-DCMAKE_CUDA_HOST_COMPILER={plan.cxx}")
+            configure.append(f"-DCMAKE_CUDA_HOST_COMPILER={plan.cxx.path}")
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(plan.archs)}")
             # NVIDIA's PyPI packages keep their libraries in lib, where nvcc does not look by itself.
             paths = [str(plan.nvcc.toolkit / "lib"), environment.get("LIBRARY_PATH", "")]
             environment["LIBRARY_PATH"] = os.pathsep.join(path for path in paths if path)
 
         shutil.rmtree(build_folder / "products", ignore_errors=True)
-        # A folder configured otherwise (another torch, another compiler) is of no use to this build.
-        stamp = build_folder / "configuration.json"
-        if build_folder.exists() and (not stamp.is_file() or json.loads(stamp.read_text()) != configure):
+        # A folder configured otherwise (another torch, another compiler) is of no use to this build; another cmake or
+        # ninja, which pip installs anew each time, is no difference.
+        settings = "\n".join(word for word in configure[1:] if not word.startswith("-DCMAKE_MAKE_PROGRAM"))
+        stamp = build_folder / "configuration.txt"
+        if build_folder.exists() and (not stamp.is_file() or stamp.read_text() != settings):
             shutil.rmtree(build_folder)
         build_folder.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(json.dumps(configure))
 
-        for command in (
-            configure,
-            [tool("cmake"), "--build", str(build_folder)],
-            [tool("cmake"), "--install", str(build_folder)],
-        ):
+        def step(*command: str) -> None:
             if subprocess.run(command, env=environment).returncode != 0:
                 raise toolchain.BuildError(f"this command failed, with its own message above:\n  {' '.join(command)}")
+
+        step(*configure)
+        stamp.write_text(settings)
+        step(tool("cmake"), "--build", str(build_folder))
+        step(tool("cmake"), "--install", str(build_folder))
         products = build_folder / "products"
         (products / "_build_info.json").write_text(json.dumps(build_info(plan, self.distribution), indent=2) + "\n")
         install_products(products, package)
@@ -120,7 +124,7 @@ def build_info(plan: toolchain.Plan, distribution) -> dict[str, object]:
         "cuda_reason": plan.cuda_reason,
         "cuda_version": ".".join(map(str, plan.nvcc.version)) if plan.nvcc else None,
         "cuda_archs": plan.archs,
-        "cxx": plan.cxx,
+        "cxx": plan.cxx.path,
     }
 
 

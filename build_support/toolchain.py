@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -20,6 +21,9 @@ from pathlib import Path
 MIN_TORCH = (2, 10)
 TORCH_REQUIREMENT = "torch>=2.10"
 SUPPORTED_CUDA_MAJORS = (12, 13)
+# What CUDA 13 compiles for: the answer before its compiler has been downloaded, which then is asked itself.
+CUDA_13_ARCHS = ["75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121"]
+COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc")
 CUDA_OFF_HINT = "RETINANET_EXT_CUDA=0 pip install .   # the CPU operators only"
 
 
@@ -41,6 +45,15 @@ class Torch:
 
 
 @dataclass(frozen=True)
+class Cxx:
+    """The C++ compiler, with what the variable CXX puts before and behind it."""
+
+    path: str
+    launcher: str | None = None
+    flags: str = ""
+
+
+@dataclass(frozen=True)
 class Nvcc:
     path: Path
     version: tuple[int, int]
@@ -55,7 +68,7 @@ class Plan:
     """Everything CMake has to know."""
 
     torch: Torch
-    cxx: str
+    cxx: Cxx
     cuda: bool
     cuda_reason: str
     nvcc: Nvcc | None = None
@@ -66,7 +79,7 @@ class Plan:
         lines = [
             "retinanet_ext build",
             f"  torch headers   {self.torch.version} at {self.torch.root}",
-            f"  C++ compiler    {self.cxx}",
+            f"  C++ compiler    {self.cxx.path}",
             f"  CUDA            {cuda}",
         ]
         if self.cuda and self.nvcc:
@@ -116,13 +129,17 @@ def find_torch() -> Torch | None:
     return None
 
 
-def find_cxx() -> str:
-    wanted = os.environ.get("CXX")
-    names = [wanted.split()[0]] if wanted else ["c++", "g++", "clang++"]
-    for name in names:
+def find_cxx() -> Cxx:
+    """CXX as build tools read it, such as "ccache g++ -O1"; without it c++, g++ or clang++."""
+    wanted = os.environ.get("CXX", "").strip()
+    words = shlex.split(wanted)
+    launcher = None
+    if words and Path(words[0]).name in COMPILER_LAUNCHERS:
+        launcher = shutil.which(words.pop(0))
+    for name in words[:1] if wanted else ["c++", "g++", "clang++"]:
         path = shutil.which(name)
         if path:
-            return path
+            return Cxx(path, launcher, shlex.join(words[1:]))
     looked = f"CXX={wanted}" if wanted else "c++, g++ and clang++ on the PATH"
     raise BuildError(
         f"no C++ compiler was found (looked for {looked}).\n"
@@ -185,10 +202,15 @@ def find_nvcc() -> Nvcc | None:
     return Nvcc(real.resolve() if real.is_file() else path.resolve(), (int(version[1]), int(version[2])))
 
 
-def pypi_compiler(torch_cuda: str) -> list[str]:
-    """NVIDIA's compiler packages for the CUDA version of the target torch; they exist for CUDA 13 only."""
+def pypi_compiler(torch_cuda: str | None) -> list[str]:
+    """NVIDIA's compiler packages for torch's CUDA version; they exist for CUDA 13 only.
+
+    None: torch is not installed yet. Its own requirements then decide the version of the shared packages.
+    """
     names = ["nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime"]
-    return [f"{name}=={torch_cuda}.*" for name in names]
+    version = f"=={torch_cuda}.*" if torch_cuda else ">=13,<14"
+    check_arch_list(CUDA_13_ARCHS)
+    return [name + version for name in names]
 
 
 def check_nvcc(nvcc: Nvcc, torch: Torch) -> None:
@@ -244,11 +266,17 @@ def parse_arch_list(text: str, supported: list[str]) -> list[str]:
     return archs
 
 
+def check_arch_list(supported: list[str]) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST in CMake's notation; [] where it is not set."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    return parse_arch_list(listed, supported) if listed else []
+
+
 def choose_archs(torch: Torch, nvcc: Nvcc) -> list[str]:
     supported = supported_archs(nvcc)
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if listed and listed.strip():
-        return parse_arch_list(listed, supported)
+    listed = check_arch_list(supported)
+    if listed:
+        return listed
     if not torch.cuda:
         raise BuildError(
             f"RETINANET_EXT_CUDA=1 with torch {torch.version}, a CPU build, which names no GPU architectures.\n"
@@ -294,10 +322,11 @@ def missing_requirements() -> list[str]:
     """Packages that pip must add to the build environment; every error that can be known by now is raised."""
     find_cxx()
     check_python_headers()
-    cuda_wanted()
+    wanted = cuda_wanted()
     torch = find_torch()
     if torch is None:
-        return [TORCH_REQUIREMENT]
+        # pip takes the newest torch, which PyPI has for CUDA 13 on Linux; it is known only once it is there.
+        return [TORCH_REQUIREMENT] + (pypi_compiler(None) if wanted != "0" and find_nvcc() is None else [])
     if not decide_cuda(torch)[0]:
         return []
     nvcc = find_nvcc()

@@ -16,7 +16,10 @@ REINSTALL = "pip install --force-reinstall --no-deps ."
 
 
 def _read_build_info() -> dict[str, object]:
-    return json.loads(BUILD_INFO_FILE.read_text()) if BUILD_INFO_FILE.is_file() else {}
+    try:
+        return json.loads(BUILD_INFO_FILE.read_text())
+    except (OSError, ValueError):
+        return {}  # a missing or damaged record must not keep the operators from loading
 
 
 def _load_cpu() -> None:
@@ -58,7 +61,13 @@ def _load_cuda() -> str | None:
         return f"torch {torch.__version__} is a CPU build"
     missing = _cuda_mismatch()
     if missing is None:
-        torch.ops.load_library(str(CUDA_LIBRARY))
+        try:
+            torch.ops.load_library(str(CUDA_LIBRARY))
+        except OSError as error:
+            raise ImportError(
+                f"the CUDA library of retinanet_ext does not load with torch {torch.__version__}: {error}. "
+                f"Rebuild it for this environment, in the folder of its sources: {REINSTALL}"
+            ) from error
         return None
     message = (
         f"{missing}, so it has no kernel for CUDA tensors. Build it with CUDA, in the folder of its sources: "

@@ -27,24 +27,21 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def first_line(*command: str) -> str | None:
-    """The first line that a command prints, or None where there is no such command."""
+def first_line(*command: str, containing: str = "") -> str | None:
+    """The first line with a given word that a command prints, or None where there is no such command or line."""
     if shutil.which(command[0]) is None:
         return None
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    lines = (output.stdout or output.stderr).strip().splitlines()
-    return lines[0].strip() if lines else None
+    lines = (output.stdout or output.stderr).splitlines()
+    return next((line.strip() for line in lines if line.strip() and containing in line), None)
 
 
 def nvcc_release() -> str | None:
     """The line of `nvcc --version` that names the release."""
-    if shutil.which("nvcc") is None:
-        return None
-    output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    return next((line.strip() for line in output.splitlines() if "release" in line), "unknown version")
+    return first_line("nvcc", "--version", containing="release")
 
 
 def processor() -> str:
@@ -91,8 +88,11 @@ def torch_lines(problems: list[str]) -> list[tuple[str, str]]:
 
 def library_lines(problems: list[str]) -> list[tuple[str, str]]:
     """The compiled library: what was built, whether it loads, whether it computes."""
-    info_file = PACKAGE / "_build_info.json"
-    info = json.loads(info_file.read_text()) if info_file.is_file() else {}
+    try:
+        info = json.loads((PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError) as error:
+        info = {}
+        problems.append(f"the record of the build, _build_info.json, cannot be read: {error}")
     cuda = f"yes, CUDA {info.get('cuda_version')}" if info.get("cuda") else "no"
     lines = [
         ("retinanet_ext", f"{info.get('version') or version_of('retinanet_ext') or 'unknown'} at {PACKAGE}"),

@@ -23,22 +23,12 @@ settings.register_profile("retinanet_ext", deadline=None, print_blob=True)
 settings.load_profile("retinanet_ext")
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--install", action="store_true", help="run the tests that build and install the package (minutes)"
-    )
-
-
-def pytest_collection_modifyitems(config, items):
-    skips = {}
-    if not config.getoption("--install"):
-        skips["install"] = pytest.mark.skip(reason="builds or installs the package; run with --install")
-    if not torch.cuda.is_available():
-        skips["cuda"] = pytest.mark.skip(reason="needs a CUDA device")
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
     for item in items:
-        for name, skip in skips.items():
-            if name in item.keywords:
-                item.add_marker(skip)
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)

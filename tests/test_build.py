@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,19 @@ def test_cpu_torch_needs_nothing_more(site_packages, programs):
     assert result.stdout.strip() == "[]"
 
 
-def test_no_torch_is_added_to_the_build_environment(tmp_path, programs):
-    result = ask(tmp_path, programs)
+def test_missing_torch_is_added_to_the_build_environment(tmp_path, programs):
+    result = ask(tmp_path, programs, RETINANET_EXT_CUDA="0")
     assert result.stdout.strip() == "['torch>=2.10']", result.stderr
+
+
+def test_missing_torch_and_nvcc_are_added_together(tmp_path, programs):
+    """The torch that pip brings is one for CUDA 13."""
+    result = ask(tmp_path, programs)
+    assert result.returncode == 0, result.stderr
+    assert "'torch>=2.10'" in result.stdout
+    assert "nvidia-cuda-nvcc>=13,<14" in result.stdout
+    programs("nvcc", fake_nvcc("13.0"))
+    assert ask(tmp_path, programs).stdout.strip() == "['torch>=2.10']"
 
 
 def test_cuda_torch_without_nvcc_takes_the_compiler_of_its_own_version(site_packages, programs):
@@ -153,6 +164,12 @@ def test_unsupported_arch_list(site_packages, programs, archs, words):
     assert_refused(ask(site, programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST=archs), words)
 
 
+@pytest.mark.parametrize("archs", ["banana", "1.0", "9.9"])
+def test_unsupported_arch_list_before_the_compiler_is_downloaded(site_packages, programs, archs):
+    result = ask(site_packages("2.11.0+cu130", "13.0"), programs, TORCH_CUDA_ARCH_LIST=archs)
+    assert_refused(result, f"TORCH_CUDA_ARCH_LIST holds {archs}" if archs != "banana" else "'banana'")
+
+
 def test_cpu_torch_with_cuda_needs_an_arch_list(site_packages, programs):
     programs("nvcc", fake_nvcc("13.0"))
     result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1")
@@ -168,6 +185,25 @@ def test_no_cxx_compiler(site_packages, programs):
 def test_cxx_names_a_missing_compiler(site_packages, programs):
     result = ask(site_packages("2.13.0+cpu", None), programs, CXX="no-such-compiler")
     assert_refused(result, "CXX=no-such-compiler")
+
+
+@pytest.mark.parametrize(
+    ("cxx", "compiler", "launcher", "flags"),
+    [
+        ("mycxx", "mycxx", None, ""),
+        ("mycxx -O1 -g", "mycxx", None, "-O1 -g"),
+        ("ccache mycxx", "mycxx", "ccache", ""),
+    ],
+)
+def test_cxx_with_a_launcher_and_flags(programs, monkeypatch, cxx, compiler, launcher, flags):
+    for name in ("mycxx", "ccache"):
+        programs(name, "exit 0")
+    monkeypatch.setenv("PATH", str(programs.folder))
+    monkeypatch.setenv("CXX", cxx)
+    found = import_toolchain().find_cxx()
+    assert Path(found.path).name == compiler
+    assert (found.launcher and Path(found.launcher).name) == launcher
+    assert found.flags == flags
 
 
 def test_outdated_torch(site_packages, programs):
@@ -186,12 +222,44 @@ def test_unknown_cuda_setting(site_packages, programs):
     assert "must be auto, 1 or 0, and it is 'yes'" in result.stderr
 
 
-def test_arch_list_in_cmake_notation():
+def import_toolchain():
     sys.path.insert(0, str(ROOT))
     try:
         from build_support import toolchain
     finally:
         sys.path.remove(str(ROOT))
+    return toolchain
+
+
+def test_sdist_holds_every_file_of_the_repository(tmp_path):
+    """What git tracks is in the sdist, but for continuous integration's and git's own files."""
+    try:
+        tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("the sources are not a git checkout")
+    code = "from setuptools import setup; setup()"
+    copy = tmp_path / "copy"
+    for name in tracked.split():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    run = subprocess.run(
+        [sys.executable, "-c", code, "-q", "sdist", "--dist-dir", str(tmp_path)],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
+    if "No module named 'setuptools'" in run.stderr:
+        pytest.skip("setuptools is not installed")
+    assert run.returncode == 0, run.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    missing = {name for name in tracked.split() if not name.startswith((".ci", ".git"))} - packed
+    assert missing == set()
+
+
+def test_arch_list_in_cmake_notation():
+    toolchain = import_toolchain()
     supported = ["80", "90", "90a", "100"]
     assert toolchain.parse_arch_list("8.0;9.0+PTX", supported) == ["80-real", "90"]
     assert toolchain.parse_arch_list("8.0 9.0a 10.0+PTX", supported) == ["80-real", "90a-real", "100"]

@@ -239,3 +239,22 @@ def test_errors_under_compile_keep_their_words():
     compiled = torch.compile(lambda x, t: sigmoid_focal_loss(x, t, gamma=-1), backend="aot_eager")
     with pytest.raises(ValueError, match="gamma must be finite and >= 0, and is -1"):
         compiled(X, T)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": None}, "alpha must be a number, and is NoneType"),
+        ({"gamma": "2"}, "gamma must be a number, and is str"),
+        ({"label_smoothing": None}, "label_smoothing must be a number, and is NoneType"),
+    ],
+    ids=str,
+)
+def test_options_that_are_no_numbers(options, message):
+    with pytest.raises(TypeError, match=message):
+        sigmoid_focal_loss(X, T, **options)
+
+
+def test_reduction_that_is_no_string():
+    with pytest.raises(ValueError, match=r"reduction must be 'none', 'mean' or 'sum', and is \['sum'\]"):
+        sigmoid_focal_loss(X, T, reduction=["sum"])

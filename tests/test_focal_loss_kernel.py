@@ -175,6 +175,20 @@ def test_ignored_rows_are_zero(emulator, ignore_index):
         assert not values.isnan().any()
 
 
+@pytest.mark.parametrize("upstream", [float("inf"), float("nan")])
+def test_ignored_rows_have_no_gradient_whatever_comes_from_above(emulator, upstream):
+    """An overflow under a loss scale, or the mean of an image in which every row is ignored."""
+    logits, targets = case(100, 9, torch.float32)
+    ignored = targets == -2
+    for grad in (np.array([upstream], np.float32), np.full((100, 9), upstream, np.float32)):
+        values = restore(run(emulator, logits, targets, task="gradient", grad=grad), torch.float32, logits.shape)
+        assert (values[ignored] == 0).all()
+        assert not values[~ignored].isfinite().any()
+    all_ignored = torch.full((100,), -2)
+    values = run(emulator, logits, all_ignored, task="gradient", mean=True, grad=np.ones(1, np.float32))
+    assert (values == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("gamma", [2.0, 1.5])
 def test_soft_targets(emulator, dtype, gamma):

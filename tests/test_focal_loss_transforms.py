@@ -284,3 +284,23 @@ def test_forward_mode_is_refused_not_wrong():
     inputs, targets = sample()
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(lambda x: sigmoid_focal_loss(x, targets), (inputs,), (torch.ones_like(inputs),))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_meta_tensors(reduction):
+    """A device without autocast."""
+    logits = torch.empty(3, 4, device="meta", requires_grad=True)
+    loss = sigmoid_focal_loss(logits, torch.empty(3, dtype=torch.int64, device="meta"), reduction=reduction)
+    assert loss.shape == (() if reduction == "sum" else (3, 4))
+    loss.sum().backward()
+    assert logits.grad.shape == (3, 4)
+
+
+def test_the_divisor_of_a_float64_mean_is_float64():
+    """float32 counts exactly only to 2^24."""
+    from retinanet_ext.ops import focal_loss
+
+    options = focal_loss.Options(0.25, 2.0, 0.0, -2, focal_loss.REDUCTIONS["mean"])
+    inputs = torch.zeros(2, 3, 4, dtype=torch.float64)
+    for targets in (torch.zeros_like(inputs), torch.zeros(2, 3, dtype=torch.int64)):
+        assert focal_loss._mean_divisor(inputs, targets, options).dtype == torch.float64

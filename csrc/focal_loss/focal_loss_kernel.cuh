@@ -118,10 +118,10 @@ __device__ __forceinline__ void background_vector(const T (&x)[kWidth], T gamma,
   }
 }
 
-// Loss or local gradient of one element against its row's class, with every factor but the upstream gradient.
+// Loss or local gradient of one element against its row's class, which is not the ignored one, with every factor but the
+// upstream gradient.
 template <FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
 __device__ __forceinline__ T indexed_element(const FocalKernelArgs<T>& args, T x, int64_t target, int column) {
-  if (target == args.ignore_index) return T(0);
   const bool positive = target == column;
   const bool foreground = target >= 0 && target < args.classes;
   T a = positive ? args.alpha_positive : args.alpha_negative;
@@ -181,14 +181,14 @@ __device__ __forceinline__ void write_values(void* base, int64_t offset, int cou
 }
 
 // Ends the first `count` values of a vector (all but in a tensor's last one): summed, or times the upstream gradient
-// and stored.
+// and stored. Elements whose bit of `skipped` is set are zero, whatever the upstream gradient is.
 template <typename In, FocalTask kTask, typename T, int kWidth>
 __device__ __forceinline__ void finish_vector(const FocalKernelArgs<T>& args, T (&values)[kWidth], int64_t offset,
-                                              int count, T scale, T& sum) {
+                                              int count, unsigned skipped, T scale, T& sum) {
   if (kTask == FocalTask::kSum) {
     T vector_sum = T(0);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) vector_sum += i < count ? values[i] : T(0);
+    for (int i = 0; i < kWidth; ++i) vector_sum += i < count && (skipped >> i & 1u) == 0 ? values[i] : T(0);
     sum += vector_sum * scale;
     return;
   }
@@ -203,7 +203,7 @@ __device__ __forceinline__ void finish_vector(const FocalKernelArgs<T>& args, T 
     for (int i = 0; i < kWidth; ++i) values[i] *= grad[i];
   }
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) values[i] *= scale;
+  for (int i = 0; i < kWidth; ++i) values[i] = (skipped >> i & 1u) != 0 ? T(0) : values[i] * scale;
   if (args.wide_result) {
     write_values<T>(args.result, offset, count, values);
   } else {
@@ -290,18 +290,20 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
           int row = element / args.classes;
           int column = element - row * args.classes;
           int64_t target = row_class(args, first_row + row);
+          unsigned skipped = 0;
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) {
+            skipped |= static_cast<unsigned>(target == args.ignore_index) << i;
             values[i] = i < valid ? indexed_element<kTask, kGamma, kByColumn>(args, x[i], target, column) : T(0);
             if (++column == args.classes && i + 1 < valid) {
               column = 0;
               target = row_class(args, first_row + ++row);
             }
           }
-          finish_vector<In, kTask>(args, values, base + element, valid, upstream, sum);
+          finish_vector<In, kTask>(args, values, base + element, valid, skipped, upstream, sum);
         } else {
           background_vector<kTask, kGamma>(x, args.gamma, values);
-          finish_vector<In, kTask>(args, values, base + element, valid, background_scale, sum);
+          finish_vector<In, kTask>(args, values, base + element, valid, 0u, background_scale, sum);
         }
       }
     }
@@ -356,7 +358,7 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
                         ? soft_gradient<T, kGamma>(x[i], targets[i], args.gamma, positive, negative)
                         : soft_loss<T, kGamma>(x[i], targets[i], args.gamma, positive, negative);
       }
-      finish_vector<In, kTask>(args, values, element, valid, upstream, sum);
+      finish_vector<In, kTask>(args, values, element, valid, 0u, upstream, sum);
     }
   }
   if (kTask == FocalTask::kSum) {

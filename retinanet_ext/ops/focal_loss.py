@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .. import (
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NUMBERS = (Real, torch.SymFloat, torch.SymInt)
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 _forward = torch.ops.retinanet_ext.sigmoid_focal_loss.default
@@ -203,9 +205,9 @@ def _mean_divisor(inputs: Tensor, targets: Tensor, options: Options) -> Tensor:
     """Elements that are not ignored, for each entry of the leading vmap dimension."""
     size = inputs.shape[0]
     if targets.is_floating_point():
-        return inputs.new_full((size,), inputs.shape[1:].numel(), dtype=torch.float32)
+        return inputs.new_full((size,), inputs.shape[1:].numel(), dtype=loss_dtype(inputs, options.reduction, True))
     kept = (targets != options.ignore_index).reshape(size, targets.shape[1:].numel()).sum(1)
-    return (kept * inputs.shape[-1]).to(torch.float64 if inputs.dtype == torch.float64 else torch.float32)
+    return (kept * inputs.shape[-1]).to(loss_dtype(inputs, options.reduction, True))
 
 
 def _check(inputs, targets, alpha, gamma, reduction, weight, label_smoothing) -> None:
@@ -242,13 +244,16 @@ def _check(inputs, targets, alpha, gamma, reduction, weight, label_smoothing) ->
             "sigmoid_focal_loss: integer targets must have the shape of inputs without its last dimension, "
             f"{tuple(inputs.shape[:-1])}, and have shape {tuple(targets.shape)}{hint}"
         )
+    for name, value in (("alpha", alpha), ("gamma", gamma), ("label_smoothing", label_smoothing)):
+        if not isinstance(value, NUMBERS) and not (name == "alpha" and isinstance(value, Tensor)):
+            raise TypeError(f"sigmoid_focal_loss: {name} must be a number, and is {type(value).__name__}")
     if not isinstance(alpha, Tensor) and not (0 <= alpha <= 1 or alpha == -1):
         raise ValueError(f"sigmoid_focal_loss: alpha must be in [0, 1], or -1 for no balancing, and is {alpha}")
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"sigmoid_focal_loss: gamma must be finite and >= 0, and is {gamma}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"sigmoid_focal_loss: label_smoothing must be in [0, 1], and is {label_smoothing}")
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"sigmoid_focal_loss: reduction must be 'none', 'mean' or 'sum', and is {reduction!r}")
 
 
@@ -350,7 +355,8 @@ def sigmoid_focal_loss(
         int(ignore_index),
         REDUCTIONS[reduction],
     )
-    float32_loss = torch.is_autocast_enabled(inputs.device.type)
+    device = inputs.device.type
+    float32_loss = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if torch.compiler.is_compiling():
         return _forward(inputs, targets, weight, class_alpha, *options, float32_loss)
     return _FocalLoss.apply(inputs, targets, weight, class_alpha, options, float32_loss)

@@ -96,8 +96,9 @@ def sigmoid_focal_loss(
         return loss.sum()
     if reduction == "mean":
         return loss.sum() / count
-    half_under_autocast = torch.is_autocast_enabled(inputs.device.type)
-    return loss if half_under_autocast else loss.to(inputs.dtype)
+    device = inputs.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return loss if autocast else loss.to(inputs.dtype)
 
 
 def anchor_rows(level: Tensor, num_classes: int) -> Tensor:
