@@ -39,7 +39,7 @@ from retinanet_ext.engine.checkpoint import build_model
 from retinanet_ext.engine.config import octaves
 from retinanet_ext.engine.evaluate import Evaluation, evaluate, format_metrics
 from retinanet_ext.engine.loop import StepRecord, train_steps
-from retinanet_ext.engine.schedule import make_optimizer, make_scheduler
+from retinanet_ext.engine.schedule import CLIP_GRAD_NORM, make_optimizer, make_scheduler
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Contestant:
     loader: Any
     optimizer: torch.optim.Optimizer
     scheduler: Any
+    clip_grad_norm: float
     records: list[StepRecord] = field(default_factory=list)
     result: Evaluation | None = None
 
@@ -60,7 +61,15 @@ class Contestant:
         left = total_steps - len(self.records)
         batches = (batch for _, batch in zip(range(left), self.loader, strict=False))
         self.records.extend(
-            train_steps(self.model, batches, self.optimizer, self.scheduler, device, first_step=len(self.records))
+            train_steps(
+                self.model,
+                batches,
+                self.optimizer,
+                self.scheduler,
+                device,
+                first_step=len(self.records),
+                clip_grad_norm=self.clip_grad_norm,
+            )
         )
 
     def summary(self) -> dict[str, Any]:
@@ -127,7 +136,7 @@ def make_contestants(
         )
         optimizer = make_optimizer(model, "adamw", arguments.lr)
         scheduler = make_scheduler(optimizer, total_steps, arguments.warmup_steps, "cosine")
-        contestants.append(Contestant(name, model, loader, optimizer, scheduler))
+        contestants.append(Contestant(name, model, loader, optimizer, scheduler, arguments.clip_grad_norm))
     return contestants
 
 
@@ -139,6 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--warmup-steps", type=int, default=50)
+    parser.add_argument("--clip-grad-norm", type=float, default=CLIP_GRAD_NORM["adamw"])
     parser.add_argument("--min-size", type=int, default=240)
     parser.add_argument("--max-size", type=int, default=320)
     parser.add_argument("--anchor-sizes", type=float, nargs=5, default=[16, 32, 64, 128, 256])

@@ -169,9 +169,8 @@ def _add_train(commands) -> None:
     recipe.add_argument(
         "--clip-grad-norm",
         type=float,
-        default=0.0,
         metavar="X",
-        help="limit of the gradient's norm (default: 0, none)",
+        help="limit of the gradient's norm, 0 for none (default: 1 for adamw, none for sgd)",
     )
     recipe.add_argument(
         "--hflip", type=float, default=0.5, metavar="P", help="chance of a left-right flip (default: 0.5)"
@@ -185,8 +184,8 @@ def _add_train(commands) -> None:
     run.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with the run in this folder after its last finished epoch, with its own arguments; only "
-        "--epochs, --device and --workers can be changed",
+        help="go on with the run in this folder after its last finished epoch, or from the start if there is none, "
+        "with its own arguments; only --epochs, --device and --workers can be changed",
     )
     _add_machine(run)
     run.add_argument(
@@ -207,7 +206,7 @@ def _add_val(commands) -> None:
         "Evaluate a trained model: COCO AP overall and for each class. Writes metrics.json, per_class.csv, "
         "PR_curve.png, detections.json (COCO results) and problems.txt to the run folder.",
     )
-    command.add_argument("weights", help="a checkpoint of `retinanet-ext train`")
+    command.add_argument("weights", help="a checkpoint of `retinanet-ext train`, or its run folder: the best weights")
     command.add_argument("data", help=_DATA_HELP)
     command.add_argument("--images", metavar="DIR", help="the images of a COCO json, if they are not beside it")
     command.add_argument("--split", default="val", help="name of the split (default: val)")
@@ -227,7 +226,7 @@ def _add_predict(commands) -> None:
         "Detect objects in images: pictures with boxes drawn, and detections.json (a COCO data set whose "
         "annotations carry scores). Exits with 1 if any image could not be read, after doing the others.",
     )
-    command.add_argument("weights", help="a checkpoint of `retinanet-ext train`")
+    command.add_argument("weights", help="a checkpoint of `retinanet-ext train`, or its run folder: the best weights")
     command.add_argument("sources", nargs="+", help="images, folders of images, or .txt lists with a path a line")
     command.add_argument(
         "--score",

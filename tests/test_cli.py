@@ -1,6 +1,7 @@
 """The command, end to end on a tiny data set: exit status, files, messages."""
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -154,13 +155,21 @@ def test_out_of_gpu_memory_is_explained(monkeypatch, capsys):
 def test_interruption(monkeypatch, data, tmp_path, capsys):
     from retinanet_ext.engine.train import Training
 
-    def interrupt(self):
+    def interrupt(self, bar):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Training, "fit", interrupt)
-    status, _, err = run(capsys, "train", data, "--run-dir", tmp_path / "run", "--no-val", *TINY)
+    run_dir = tmp_path / "my run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_train_epoch", interrupt)
+        status, _, err = run(capsys, "train", data, "--run-dir", run_dir, "--no-val", "--epochs", "1", *TINY)
     assert status == 130
-    assert f"retinanet-ext train --resume {tmp_path / 'run'}" in err
+    program, *argv = shlex.split(err.split("go on with: ")[1])
+    assert program == "retinanet-ext"
+    status, out, _ = run(capsys, *argv)
+    assert status == 0
+    assert f"resuming {run_dir} from the start" in out
+    assert len((run_dir / "results.csv").read_text().splitlines()) == 2
+    assert (run_dir / "weights" / "last.pt").is_file()
 
 
 @pytest.mark.parametrize("missing", ["PIL", "pycocotools", "matplotlib", "tqdm"])
@@ -170,7 +179,7 @@ def test_a_missing_extra_is_named_with_its_command(missing, monkeypatch, data, t
     monkeypatch.setitem(sys.modules, missing, None)
     status, _, err = run(capsys, "train", data, "--run-dir", tmp_path / "run", *TINY)
     assert status == 1
-    assert 'pip install "retinanet-ext[train]"' in err
+    assert 'pip install "retinanet_ext[train]"' in err
     assert {"PIL": "Pillow"}.get(missing, missing) in err
     assert not (tmp_path / "run").exists()
 
@@ -194,16 +203,14 @@ def test_wrong_arguments_are_status_2(capsys):
 
 
 def test_env_prints_problems_and_fails_with_them(monkeypatch, capsys):
-    import types
+    from retinanet_ext import diagnostics
 
-    report = types.ModuleType("retinanet_ext.diagnostics")
-    report.environment_report = lambda: ("versions", ["no compiler"])
-    monkeypatch.setitem(sys.modules, "retinanet_ext.diagnostics", report)
-    status, out, _ = run(capsys, "env")
-    assert status == 1
-    assert out == "versions\nproblem: no compiler\n"
-    report.environment_report = lambda: ("versions", [])
-    assert run(capsys, "env")[0] == 0
+    for problems, expected in ((["no compiler"], 1), ([], 0)):
+        monkeypatch.setattr(diagnostics, "environment_report", lambda _problems=problems: ("versions", _problems))
+        assert diagnostics.print_report() == expected
+        printed = capsys.readouterr().out
+        assert run(capsys, "env") == (expected, printed, "")
+        assert ("no compiler" in printed) == bool(problems)
 
 
 def test_demo_in_small(tmp_path, capsys):

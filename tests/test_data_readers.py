@@ -273,7 +273,7 @@ def test_coco_duplicates_and_strays(tmp_path):
     texts = [str(problem).removeprefix(f"{json_file}: ") for problem in dataset.problems]
     assert texts == [
         "category 3 of the list: duplicate id: category 3 is there already; left out",
-        "category 4 of the list: duplicate category name: 'cat' has two ids",
+        "category 4 of the list: duplicate category name: 'cat' has the ids 7 and 8; merged into one class",
         "image 1: duplicate id: 'b.png' has the id of 'a.png'; left out",
         "image 2: duplicate file name: 'a.png' is image 1 too; both are kept",
         "image 4 of the list: broken image entry: no integer id in {'file_name': 'c.png'}",

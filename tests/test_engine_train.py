@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from retinanet_ext.data import DatasetError, generate_shapes, make_loader, open_
 from retinanet_ext.engine.checkpoint import CheckpointError, load_checkpoint, load_model  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, octaves, resolve_device, resume_config  # noqa: E402
 from retinanet_ext.engine.loop import TrainingError, train_steps  # noqa: E402
-from retinanet_ext.engine.run_folder import RunFolder, RunFolderError, next_run_dir  # noqa: E402
+from retinanet_ext.engine.run_folder import RunFolder, RunFolderError  # noqa: E402
 from retinanet_ext.engine.schedule import make_optimizer, make_scheduler, rate_factor  # noqa: E402
 from retinanet_ext.engine.train import Training  # noqa: E402
 
@@ -157,6 +158,26 @@ def test_a_resumed_run_equals_the_uninterrupted_one(full_run, data, tmp_path, wo
     assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*(o.values() for o in optimizers), strict=True))
 
 
+def test_a_run_that_ended_in_its_first_epoch_starts_again(full_run, data, tmp_path):
+    run, _ = full_run
+    Training(tiny(data), tmp_path / "run", say=quiet)
+    resumed = RunFolder(tmp_path / "run")
+    # A crash in epoch 1, its validation done, or none of it.
+    resumed.best.parent.mkdir()
+    shutil.copy(run.best, resumed.best)
+    with open(resumed.steps, "a") as stream:
+        stream.write("1,1,1.0,1.0,2.0,1.0,0.1,0.1\n2,1,1.")
+    torch.rand(5)
+    said = []
+    Training(resume_config(resumed.root), resumed.root, resume=True, say=said.append).fit()
+    assert any("from the start" in line for line in said)
+    assert_same_weights(run.last, resumed.last)
+    assert_same_weights(run.best, resumed.best)
+    for a, b in zip(rows(run.steps), rows(resumed.steps), strict=True):
+        assert {**a, "seconds": ""} == {**b, "seconds": ""}
+    assert [row["epoch"] for row in rows(resumed.results)] == ["1", "2"]
+
+
 def test_a_finished_run_resumes_to_nothing_or_goes_further(full_run, data, tmp_path):
     Training(tiny(data, epochs=1, validate_every=0, optimizer="sgd"), tmp_path / "run", say=quiet).fit()
     run = RunFolder(tmp_path / "run")
@@ -168,13 +189,21 @@ def test_a_finished_run_resumes_to_nothing_or_goes_further(full_run, data, tmp_p
     assert resume_config(run.root).epochs == 2
 
 
+def test_resume_refuses_to_run_lost_epochs_again(full_run, tmp_path):
+    run, _ = full_run
+    lost = RunFolder(tmp_path / "run")
+    shutil.copytree(run.root, lost.root)
+    lost.last.unlink()
+    with pytest.raises(RunFolderError, match=r"nothing to resume: .*last\.pt is gone, and results\.csv holds 2 epochs"):
+        Training(resume_config(lost.root), lost.root, resume=True, say=quiet)
+    assert len(rows(lost.results)) == 2
+
+
 def test_resume_refuses_what_is_no_run(data, tmp_path):
     with pytest.raises(RunFolderError, match=r"not a run folder: it holds no args\.json"):
         resume_config(tmp_path)
     run = RunFolder(tmp_path / "run")
     run.start(dataclasses.asdict(tiny(data)))
-    with pytest.raises(RunFolderError, match="nothing to resume"):
-        Training(resume_config(run.root), run.root, resume=True, say=quiet)
     with pytest.raises(RunFolderError, match=r"holds a run already: choose another --run-dir"):
         Training(tiny(data), run.root, say=quiet)
     run.args.write_text('{"data": "x", "nonsense": 1}')
@@ -315,7 +344,7 @@ def test_anchor_octaves_are_torchvisions():
         ({"lr": 0.0}, "lr: expected a number > 0"),
         ({"lr": math.nan}, "lr: expected a number > 0"),
         ({"seed": -1}, "seed: expected a number >= 0"),
-        ({"anchor_sizes": (1, 2)}, "anchor_sizes: expected five sizes"),
+        ({"anchor_sizes": (1, 2)}, "anchor_sizes: expected five sizes of at least 1 pixel"),
     ],
 )
 def test_wrong_settings(changes, message):
@@ -332,10 +361,3 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: cuda was asked for"):
             resolve_device("cuda")
-
-
-def test_next_run_dir(tmp_path):
-    assert next_run_dir(tmp_path, "train") == tmp_path / "train"
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train2").mkdir()
-    assert next_run_dir(tmp_path, "train") == tmp_path / "train3"

@@ -6,6 +6,7 @@ become labels 0..K-1 in ascending order of the ids; the names and ids are kept (
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ class CocoDataset(DetectionDataset):
     objects are marked `ignore`. `verify`: "header" or "decode", see `data.dataset`.
 
     An image id or category id that comes again is reported and its second use left out; an annotation id that
-    comes again is reported, and left out if the annotation is the same. Raises DatasetError where the json is
+    comes again is reported, and left out if the annotation is the same. Categories of one name are reported and
+    merged: one class, which keeps the lowest of their ids. Raises DatasetError where the json is
     missing, broken or not of this form, or no image is usable.
     """
 
@@ -41,13 +43,10 @@ class CocoDataset(DetectionDataset):
         problems: list[Problem] = []
         categories = _read_categories(content["categories"], file, problems)
         if class_names is None:
-            class_names = [categories[category_id] for category_id in sorted(categories)]
-            category_ids = sorted(categories)
-            label_of_id = {category_id: label for label, category_id in enumerate(category_ids)}
-        else:
-            label_of_name = {name: label for label, name in enumerate(class_names)}
-            label_of_id = {i: label_of_name[name] for i, name in categories.items() if name in label_of_name}
-            category_ids = _ids_for(class_names, categories)
+            class_names = list(dict.fromkeys(categories[category_id] for category_id in sorted(categories)))
+        label_of_name = {name: label for label, name in enumerate(class_names)}
+        label_of_id = {i: label_of_name[name] for i, name in categories.items() if name in label_of_name}
+        category_ids = _ids_for(class_names, categories)
 
         images = _read_images(content["images"], file, problems)
         candidates = [
@@ -66,11 +65,11 @@ class CocoDataset(DetectionDataset):
 
 def _read_json(path: Path) -> dict[str, list]:
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:
             content = json.load(stream)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: not a json file ({error})") from None
     if not isinstance(content, dict):
         raise DatasetError(f"{path}: not a COCO data set: expected an object, got {type(content).__name__}")
@@ -94,15 +93,19 @@ def _read_categories(entries: list, file: str, problems: list[Problem]) -> dict[
             problems.append(Problem(file, where, f"duplicate id: category {entry['id']} is there already; left out"))
         else:
             name = str(entry.get("name", entry["id"]))
-            if name in categories.values():
-                problems.append(Problem(file, where, f"duplicate category name: {name!r} has two ids"))
+            first = next((i for i, known in categories.items() if known == name), None)
+            if first is not None:
+                message = (
+                    f"duplicate category name: {name!r} has the ids {first} and {entry['id']}; merged into one class"
+                )
+                problems.append(Problem(file, where, message))
             categories[entry["id"]] = name
     return categories
 
 
 def _ids_for(class_names: Sequence[str], categories: dict[int, str]) -> list[int]:
     """A category id for each class: the json's own, and unused ones for the classes it does not know."""
-    by_name = {}
+    by_name: dict[str, int] = {}
     for category_id in sorted(categories):
         by_name.setdefault(categories[category_id], category_id)
     free = max(categories, default=0) + 1
@@ -181,27 +184,43 @@ def _read_objects(
             problems.append(Problem(file, where, f"unknown image: no image has the id {image_id!r}; left out"))
             continue
         box = entry.get("bbox")
-        if isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box):
-            x, y, width, height = box
+        numbers = [_number(value) for value in box] if isinstance(box, list) else []
+        if len(numbers) == 4 and None not in numbers:
+            x, y, width, height = numbers
             box = (x, y, x + width, y + height)
         else:
             box = (box,)
-        area = entry.get("area")
+        name = f"{where} (image {images[image_id]['file_name']})"
+        area = _number(entry.get("area"))
+        if area is None or not (area > 0 and math.isfinite(area)):
+            area = None
+            if entry.get("area") is not None:
+                message = f"no usable area: {_short(entry['area'])}; the box's own is used"
+                problems.append(Problem(file, name, message))
+        crowd = entry.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            problems.append(Problem(file, name, f"iscrowd is not 0 or 1: {_short(crowd)}; taken as 0"))
         objects.setdefault(image_id, []).append(
             RawObject(
-                name=f"{where} (image {images[image_id]['file_name']})",
+                name=name,
                 box=box,
                 label=label_of_id.get(category_id),
                 class_name=categories.get(category_id, f"category id {category_id}"),
-                crowd=bool(entry.get("iscrowd", 0)),
-                area=float(area) if _is_number(area) and area > 0 else None,
+                crowd=crowd == 1,
+                area=area,
             )
         )
     return objects
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: Any) -> float | None:
+    """A json number as a float, infinite where a float cannot hold it; None for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _key(value: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .extras import require
+from .extras import MissingExtraError, require
 
 # Annotation files round coordinates to two decimals, so a box may stick out of its image by that much.
 ROUNDING = 0.02
@@ -216,9 +216,10 @@ class DetectionDataset(Dataset):
 
 
 def read_image(path: Path | str, upright: bool | None = False):
-    """Decode an image file to a Pillow image, RGB (or "F" in 0..255 for 16-bit grey).
+    """Decode an image file to a Pillow image, RGB (or "F" in 0..255 for grey of more than 8 bits).
 
-    `upright` applies the EXIF orientation: False leaves the pixels as stored, as COCO's and VOC's tools do.
+    Integer grey of 16 or 32 bits is 0..65535, float grey 0..1; what lies outside is refused, not clipped. `upright`
+    applies the EXIF orientation: False leaves the pixels as stored, as COCO's and VOC's tools do.
     Raises UnreadableImageError, whatever is wrong with the file.
     """
     pil = require("PIL.Image")
@@ -227,13 +228,22 @@ def read_image(path: Path | str, upright: bool | None = False):
             image.load()
             if upright:
                 image = require("PIL.ImageOps").exif_transpose(image)
-            if image.mode.startswith("I;16"):
-                image = pil.fromarray(np.asarray(image, dtype=np.float32) / 257.0)
-            return image if image.mode == "F" else image.convert("RGB")
+            return pil.fromarray(_deep_grey(image)) if image.mode[0] in "IF" else image.convert("RGB")
+    except (MemoryError, MissingExtraError):
+        raise
     except FileNotFoundError as error:
         raise UnreadableImageError(Problem(str(path), "", "missing image: no such file")) from error
-    except (OSError, SyntaxError, ValueError, EOFError, pil.DecompressionBombError) as error:
+    except Exception as error:  # of a damaged file Pillow's decoders raise nearly anything
         raise UnreadableImageError(Problem(str(path), "", f"broken image: {_reason(error)}")) from error
+
+
+def _deep_grey(image) -> np.ndarray:
+    """The pixels of a Pillow image of mode "I", "I;16" or "F" as float32 in 0..255; ValueError beyond their range."""
+    pixels = np.asarray(image, dtype=np.float64)
+    kind, top = ("float", 1) if image.mode == "F" else ("integer", 65535)
+    if not (pixels.min() >= 0 and pixels.max() <= top):
+        raise ValueError(f"{kind} pixels from {pixels.min():g} to {pixels.max():g}, expected 0 to {top}")
+    return (pixels * (255.0 / top)).astype(np.float32)
 
 
 def to_tensor(image) -> Tensor:
@@ -274,10 +284,14 @@ def _check_image(path: Path, image_id: int, annotated_width, annotated_height, v
             width, height = image.size
             if verify == "decode":
                 image.load()
+                if image.mode[0] in "IF":
+                    _deep_grey(image)
             # Only where it may explain the size: of some formats the tag is found by decoding the whole file.
             turned = (_as_size(annotated_width), _as_size(annotated_height)) == (height, width) != (width, height)
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if turned else 1
-    except (OSError, SyntaxError, ValueError, EOFError, pil.DecompressionBombError) as error:
+    except (MemoryError, MissingExtraError):
+        raise
+    except Exception as error:  # as in read_image
         return None, Problem(str(path), "", f"broken image: {_reason(error)}; the image is left out")
     record = ImageRecord(path, image_id, width, height)
     annotated = (_as_size(annotated_width), _as_size(annotated_height))
@@ -338,7 +352,7 @@ def _clean_box(item: RawObject, width: int, height: int) -> tuple[list[float] | 
         return None, f"unknown class: {item.class_name!r}; the object is left out"
     try:
         box = [float(value) for value in item.box]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None, f"box is not four numbers: {item.box!r}; the object is left out"
     if len(box) != 4:
         return None, f"box is not four numbers: {item.box!r}; the object is left out"

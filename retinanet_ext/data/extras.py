@@ -19,7 +19,7 @@ def require(module: str) -> ModuleType:
         package = _PACKAGES.get(module.split(".")[0], module)
         raise MissingExtraError(
             f"{package} is needed here and could not be imported ({error}). "
-            'Install it with: pip install "retinanet-ext[train]"'
+            'Install it with: pip install "retinanet_ext[train]"'
         ) from error
 
 

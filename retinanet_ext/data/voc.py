@@ -54,7 +54,8 @@ class VocDataset(DetectionDataset):
         for record, (name, tree) in zip(records, annotations.items(), strict=True):
             if record is not None:
                 file = str(root / "Annotations" / f"{name}.xml")
-                objects = [_raw_object(i, item, label_of) for i, item in enumerate(tree.findall("object"))]
+                items = enumerate(tree.findall("object"))
+                objects = [_raw_object(i, item, label_of, file, problems) for i, item in items]
                 add_objects(record, objects, file, problems)
         super().__init__(
             f"{root} [{split}]",
@@ -71,7 +72,7 @@ def _read_split(root: Path, split: str, problems: list[Problem]) -> dict[str, in
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         splits = sorted(p.stem for p in path.parent.glob("*.txt"))
         raise DatasetError(f"{path}: no such split; there are {', '.join(splits) or 'none'} in {path.parent}") from None
@@ -115,16 +116,22 @@ def _find_image(folder: Path, name: str, filename: str) -> Path:
     return named if named is not None and named.is_file() else folder / f"{name}.jpg"
 
 
-def _raw_object(index: int, item: ElementTree.Element, label_of: dict[str, int]) -> RawObject:
+def _raw_object(
+    index: int, item: ElementTree.Element, label_of: dict[str, int], file: str, problems: list[Problem]
+) -> RawObject:
     class_name = _child_text(item, "name")
     bndbox = item.find("bndbox")
     corners = ["" if bndbox is None else _child_text(bndbox, tag) for tag in ("xmin", "ymin", "xmax", "ymax")]
+    name = f"object {index + 1} ({class_name or 'without a name'})"
+    difficult = _child_text(item, "difficult")
+    if difficult.lower() not in ("", "0", "1", "false", "true"):
+        problems.append(Problem(file, name, f"difficult is not 0 or 1: {difficult!r}; taken as 0"))
     return RawObject(
-        name=f"object {index + 1} ({class_name or 'without a name'})",
+        name=name,
         box=corners,
         label=label_of.get(class_name),
         class_name=class_name,
-        difficult=_child_text(item, "difficult") == "1",
+        difficult=difficult.lower() in ("1", "true"),
     )
 
 

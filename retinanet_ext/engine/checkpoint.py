@@ -103,6 +103,18 @@ def save_checkpoint(
     write_atomically(path, lambda stream: torch.save(content, stream))
 
 
+def find_weights(path: str | Path) -> Path:
+    """The checkpoint that `path` means: the file itself, or weights/best.pt of a run folder, or else its
+    weights/last.pt. Raises FileNotFoundError for a folder with neither."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("best.pt", "last.pt"):
+        if (path / "weights" / name).is_file():
+            return path / "weights" / name
+    raise FileNotFoundError(f"{path}: a folder without weights/best.pt and weights/last.pt")
+
+
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint: the dictionary `save_checkpoint` wrote.
 
@@ -140,8 +152,10 @@ def load_model(
 ) -> tuple[nn.Module, list[str], dict[str, Any]]:
     """A model ready to predict, its class names, and the checkpoint it came from.
 
-    `changes` replace entries of the model configuration, for instance `score_thresh=0.01`.
+    `path`: a checkpoint or a run folder, see `find_weights`. `changes` replace entries of the model
+    configuration, for instance `score_thresh=0.01`.
     """
+    path = find_weights(path)
     checkpoint = load_checkpoint(path)
     model = build_model({**checkpoint["model_config"], **changes})
     try:

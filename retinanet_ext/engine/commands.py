@@ -1,8 +1,8 @@
 """What the commands of `retinanet-ext` do with their arguments; each returns the exit status."""
 
 import argparse
+import shlex
 import sys
-from pathlib import Path
 
 from retinanet_ext.data import open_dataset
 from retinanet_ext.data.extras import require, require_all
@@ -12,8 +12,11 @@ from .checkpoint import load_model
 from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers, resume_config
 from .evaluate import evaluate, format_metrics
 from .predict import find_images, predict_files
-from .run_folder import RunFolder, next_run_dir, write_json
+from .run_folder import RunFolder, new_run_dir, write_json
 from .train import EXTRAS, Training, report_problems
+
+# What --resume lets change.
+_RESUME_CHANGES = ("epochs", "device", "workers")
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -21,12 +24,12 @@ def run_train(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None:
         if arguments.data is not None or arguments.run_dir is not None:
             raise ValueError("--resume takes DATA and --run-dir from the run: leave them out")
-        run_dir = Path(arguments.resume)
-        config = resume_config(run_dir, epochs=arguments.epochs, device=arguments.device, workers=arguments.workers)
+        _refuse_changes(arguments)
+        changes = {name: getattr(arguments, name) for name in _RESUME_CHANGES}
+        training = Training(resume_config(arguments.resume, **changes), arguments.resume, resume=True)
     else:
         if arguments.data is None:
             raise ValueError("DATA is missing: name a data set, or a run to go on with (--resume RUN)")
-        run_dir = Path(arguments.run_dir) if arguments.run_dir else next_run_dir("runs", "train")
         config = TrainConfig(
             data=arguments.data,
             images=arguments.images,
@@ -59,11 +62,13 @@ def run_train(arguments: argparse.Namespace) -> int:
             verify=arguments.check_images,
             strict=arguments.strict,
         )
-    training = Training(config, run_dir, resume=arguments.resume is not None)
+        with new_run_dir(arguments.run_dir, "train") as folder:
+            training = Training(config, folder)
+    run_dir = training.run.root
     try:
         result = training.fit()
     except KeyboardInterrupt:
-        print(f"\ninterrupted: go on with: retinanet-ext train --resume {run_dir}", file=sys.stderr)
+        print(f"\ninterrupted: go on with: retinanet-ext train --resume {shlex.quote(str(run_dir))}", file=sys.stderr)
         return 130
     if result is not None:
         print(format_metrics(result))
@@ -71,9 +76,28 @@ def run_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_changes(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options of `train` that a resumed run, which has its own, would not follow."""
+    from retinanet_ext.cli import make_parser
+
+    free = {"command", "resume", *_RESUME_CHANGES}
+    defaults = vars(make_parser().parse_args(["train"]))
+    changed = [name for name, value in vars(arguments).items() if name not in free and value != defaults[name]]
+    if changed:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        free_options = ", ".join(f"--{name}" for name in _RESUME_CHANGES)
+        raise ValueError(f"--resume goes on as the run began: {options} cannot be changed (only {free_options})")
+
+
 def run_val(arguments: argparse.Namespace) -> int:
     """Evaluate a checkpoint on a data set."""
     require_all(*EXTRAS)
+    with new_run_dir(arguments.run_dir, "val") as folder:
+        return _val(arguments, RunFolder(folder))
+
+
+def _val(arguments: argparse.Namespace, run: RunFolder) -> int:
+    run.check_empty()
     device = resolve_device(arguments.device or "auto")
     model, class_names, _ = load_model(arguments.weights, device)
     dataset = open_dataset(
@@ -83,7 +107,6 @@ def run_val(arguments: argparse.Namespace) -> int:
         class_names=class_names,
         verify="decode" if arguments.strict else arguments.check_images,
     )
-    run = RunFolder(arguments.run_dir or next_run_dir("runs", "val"))
     run.problems.unlink(missing_ok=True)
     report_problems(dataset, run, print, arguments.strict)
     result = evaluate(
@@ -108,10 +131,15 @@ def run_val(arguments: argparse.Namespace) -> int:
 def run_predict(arguments: argparse.Namespace) -> int:
     """Detect objects in image files."""
     require_all("PIL.Image", "tqdm")
+    with new_run_dir(arguments.run_dir, "predict") as folder:
+        return _predict(arguments, RunFolder(folder))
+
+
+def _predict(arguments: argparse.Namespace, run: RunFolder) -> int:
+    run.check_empty()
     device = resolve_device(arguments.device or "auto")
     model, class_names, _ = load_model(arguments.weights, device, score_thresh=arguments.min_score)
     paths, problems = find_images(arguments.sources)
-    run = RunFolder(arguments.run_dir or next_run_dir("runs", "predict"))
     result = predict_files(
         model,
         class_names,
@@ -136,8 +164,8 @@ def run_predict(arguments: argparse.Namespace) -> int:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the demonstration and say what came of it."""
-    run_dir = Path(arguments.run_dir) if arguments.run_dir else next_run_dir("runs", "demo")
-    result = demo.run_demo(run_dir, device=arguments.device, seed=arguments.seed)
+    with new_run_dir(arguments.run_dir, "demo") as run_dir:
+        result = demo.run_demo(run_dir, device=arguments.device, seed=arguments.seed)
     weights = run_dir / "weights" / "best.pt"
     print(f"\nAP {result.ap:.3f}, AP50 {result.ap50:.3f} on held-out images; {result.seconds:.0f} s in all")
     for picture in result.pictures:
@@ -160,10 +188,6 @@ def run_demo(arguments: argparse.Namespace) -> int:
 
 def run_env(arguments: argparse.Namespace) -> int:
     """Print the environment's report, then what is wrong with it."""
-    from retinanet_ext.diagnostics import environment_report
+    from retinanet_ext import diagnostics
 
-    text, problems = environment_report()
-    print(text)
-    for problem in problems:
-        print(f"problem: {problem}")
-    return 1 if problems else 0
+    return diagnostics.print_report()

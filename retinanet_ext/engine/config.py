@@ -1,8 +1,9 @@
 """What defines a training run, and what follows from it where nothing was said."""
 
 import math
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ class TrainConfig:
     `data`, `images`, `split`: see `data.open_dataset`; `val_*` likewise, `val_data` None: `data`.
     `anchor_sizes`: the smallest anchor side of each of the five levels in pixels; each level has it times 1,
     2^(1/3) and 2^(2/3). `min_size`: sides the shorter image side is resized to; of several, training draws
-    one for each batch. `warmup_steps`: optimizer steps of linear warm-up. `clip_grad_norm` 0: no clipping.
+    one for each batch. `warmup_steps`: optimizer steps of linear warm-up. `clip_grad_norm` 0: no
+    clipping.
     `validate_every`: epochs between validations, 0: none; the last epoch is always validated otherwise.
     """
 
@@ -42,7 +44,7 @@ class TrainConfig:
     weight_decay: float | None = None
     schedule: str = "cosine"
     warmup_steps: int | None = None
-    clip_grad_norm: float = 0.0
+    clip_grad_norm: float | None = None
     hflip: float = 0.5
     vflip: float = 0.0
     seed: int = 0
@@ -63,10 +65,17 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr: expected a number > 0, got {self.lr!r}")
-        if len(self.anchor_sizes) != 5 or min(self.anchor_sizes) <= 0:
+        if len(self.anchor_sizes) != 5 or not all(size >= 1 and math.isfinite(size) for size in self.anchor_sizes):
             raise ValueError(
-                f"anchor_sizes: expected five sizes > 0, one a level from P3 to P7, got {self.anchor_sizes!r}"
+                "anchor_sizes: expected five sizes of at least 1 pixel, one a level from P3 to P7, "
+                f"got {self.anchor_sizes!r}"
             )
+
+    def to_args(self) -> dict[str, Any]:
+        """What args.json holds: the fields, paths made absolute, so that a run goes on from any folder."""
+        names = ("data", "images", "val_data", "val_images")
+        paths = {name: os.path.abspath(value) for name in names if (value := getattr(self, name)) is not None}
+        return {**asdict(self), **paths}
 
     def model_config(self, num_classes: int) -> dict[str, Any]:
         """What `checkpoint.build_model` takes."""

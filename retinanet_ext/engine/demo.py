@@ -70,13 +70,14 @@ def run_demo(
     require_all(*EXTRAS)
     start = time.perf_counter()
     run_dir = Path(run_dir)
+    run = RunFolder(run_dir)
+    run.check_free()
     data = generate_shapes(
         run_dir / "data", train_images=train_images, val_images=val_images, image_size=IMAGE_SIZE, seed=seed
     )
     say(f"generated {train_images} training and {val_images} validation images in {data}")
     config = demo_config(data, epochs=epochs, device=device, seed=seed)
     Training(config, run_dir, say=say).fit()
-    run = RunFolder(run_dir)
     torch_device = resolve_device(device)
     amp = resolve_amp(None, torch_device)
     model, class_names, _ = load_model(run.best, torch_device)

@@ -1,6 +1,5 @@
 """Predictions on files: detections as COCO json, pictures with boxes drawn."""
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +22,11 @@ class Prediction:
     content: dict[str, Any]
     pictures: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 def find_images(sources: Iterable[str | Path]) -> tuple[list[Path], list[Problem]]:
     """The image files of `sources`: files as they are, folders by the suffixes of images, sorted; text files
-    (`.txt`) as lists with one path a line, relative to the list. What is missing or empty is a Problem."""
+    (`.txt`) as lists with one path a line, relative to the list. What is empty or no list is a Problem."""
     paths: list[Path] = []
     problems: list[Problem] = []
     for source in map(Path, sources):
@@ -38,7 +36,11 @@ def find_images(sources: Iterable[str | Path]) -> tuple[list[Path], list[Problem
                 problems.append(Problem(str(source), "", "empty folder: no image in it"))
             paths.extend(found)
         elif source.suffix.lower() == ".txt" and source.is_file():
-            listed = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+            try:
+                listed = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
+            except UnicodeDecodeError as error:
+                problems.append(Problem(str(source), "", f"broken list: not a text file in UTF-8 ({error})"))
+                continue
             found = [source.parent / line for line in listed if line]
             if not found:
                 problems.append(Problem(str(source), "", "empty list: no image in it"))
@@ -79,7 +81,6 @@ def predict_files(
         }
     )
     taken: set[str] = set()
-    start = time.perf_counter()
     for number, path in enumerate(paths if progress is None else progress(paths), start=1):
         try:
             picture = read_image(path, upright=True)
@@ -109,7 +110,6 @@ def predict_files(
             target = picture_folder / _free_name(path, taken)
             save_picture(draw_boxes(picture, [box for box in boxes if box.score >= score]), target)
             result.pictures.append(target)
-    result.seconds = time.perf_counter() - start
     return result
 
 

@@ -3,7 +3,8 @@
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,33 @@ class RunFolderError(ValueError):
 
 
 def next_run_dir(parent: str | Path, name: str) -> Path:
-    """`parent/name`, or the first of `parent/name2`, `parent/name3`, ... that does not exist."""
+    """Make `parent/name`, or the first of `parent/name2`, `parent/name3`, ... that does not exist, and return it."""
     parent, number = Path(parent), 1
-    while (path := parent / (name if number == 1 else f"{name}{number}")).exists():
-        number += 1
-    return path
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = parent / (name if number == 1 else f"{name}{number}")
+        try:
+            # Two runs that start at once must not get one folder: whoever makes it has it.
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+@contextmanager
+def new_run_dir(given: str | Path | None, name: str) -> Iterator[Path]:
+    """The folder of a new run: `given`, or one made by `next_run_dir` in runs/, which goes again if the block fails
+    before anything was written to it."""
+    if given:
+        yield Path(given)
+        return
+    path = next_run_dir("runs", name)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()
+        raise
 
 
 class RunFolder:
@@ -68,6 +91,11 @@ class RunFolder:
                 f"{self.root}: holds a run already: choose another --run-dir, or go on with it: --resume {self.root}"
             )
 
+    def check_empty(self) -> None:
+        """Raises RunFolderError if the folder holds anything but the problems.txt of a run that was refused."""
+        if self.root.is_dir() and any(path != self.problems for path in self.root.iterdir()):
+            raise RunFolderError(f"{self.root}: is not empty: choose another --run-dir")
+
     def read_args(self) -> dict[str, Any]:
         """The arguments the run was started with."""
         try:
@@ -76,6 +104,13 @@ class RunFolder:
             raise RunFolderError(f"{self.root}: not a run folder: it holds no args.json") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise RunFolderError(f"{self.args}: broken ({error})") from None
+
+    def logged_epochs(self) -> int:
+        """How many epochs results.csv holds."""
+        if not self.results.exists():
+            return 0
+        with open(self.results, newline="", encoding="utf-8") as stream:
+            return sum((row["epoch"] or "").isdigit() for row in csv.DictReader(stream))
 
     def rewind(self, epoch: int) -> None:
         """Drop the csv rows of epochs after `epoch` (1-based, 0: all): they are about to be run again."""

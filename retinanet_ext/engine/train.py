@@ -31,7 +31,7 @@ from .evaluate import METRICS, Evaluation, evaluate
 from .loop import StepRecord, TrainingError, train_steps
 from .plots import plot_results
 from .run_folder import RunFolder, RunFolderError, StepLog, write_json
-from .schedule import default_rate, default_warmup, make_optimizer, make_scheduler
+from .schedule import CLIP_GRAD_NORM, default_rate, default_warmup, make_optimizer, make_scheduler
 
 EXTRAS = ("PIL.Image", "pycocotools.coco", "matplotlib.figure", "tqdm")
 
@@ -96,7 +96,7 @@ class Training:
         self.amp = resolve_amp(config.amp, self.device)
         self.workers = resolve_workers(config.workers, self.device)
         checkpoint = self._resumed_checkpoint() if resume else None
-        if checkpoint is None:
+        if not resume:
             self.run.check_free()
             self.run.problems.unlink(missing_ok=True)
         self.train_set, self.val_set = open_datasets(config, None if resume else self.run, say)
@@ -124,31 +124,44 @@ class Training:
         self.optimizer = make_optimizer(self.model, config.optimizer, rate, config.weight_decay)
         warmup = default_warmup(total_steps) if config.warmup_steps is None else config.warmup_steps
         self.scheduler = make_scheduler(self.optimizer, total_steps, warmup, config.schedule)
+        self.clip_grad_norm = (
+            CLIP_GRAD_NORM[config.optimizer] if config.clip_grad_norm is None else config.clip_grad_norm
+        )
         self.total_steps = total_steps
         self.epoch, self.step, self.best = 0, 0, -math.inf
         self.broken: set[str] = set()
+        self.said_no_ap = False
         # The folder counts as a run only now: a mistake in the arguments leaves nothing that is in the way.
-        if checkpoint is None:
-            self.run.start(dataclasses.asdict(config))
-        else:
+        if resume:
             self._restore(checkpoint)
+        else:
+            self.run.start(config.to_args())
 
     def _resumed_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint of the run; None for a run that ended before it had written one."""
         self.run.read_args()
-        if not self.run.last.exists():
-            raise RunFolderError(f"{self.run.root}: nothing to resume: {self.run.last} was never written")
-        return load_checkpoint(self.run.last)
+        if self.run.last.exists():
+            return load_checkpoint(self.run.last)
+        # The row of an epoch is written just before its checkpoint: one row without a checkpoint is a crash between.
+        if (epochs := self.run.logged_epochs()) > 1:
+            raise RunFolderError(
+                f"{self.run.root}: nothing to resume: {self.run.last} is gone, and results.csv holds {epochs} epochs"
+            )
+        return None
 
-    def _restore(self, checkpoint: dict[str, Any]) -> None:
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scheduler.load_state_dict(checkpoint["scheduler"])
-        set_rng_state(checkpoint["rng"])
-        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
-        self.best = -math.inf if checkpoint["best"] is None else checkpoint["best"]
-        write_json(self.run.args, dataclasses.asdict(self.config))
+    def _restore(self, checkpoint: dict[str, Any] | None) -> None:
+        where = "from the start: no epoch was finished"
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scheduler.load_state_dict(checkpoint["scheduler"])
+            set_rng_state(checkpoint["rng"])
+            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
+            self.best = -math.inf if checkpoint["best"] is None else checkpoint["best"]
+            where = f"after epoch {self.epoch} of {self.config.epochs}"
+        write_json(self.run.args, self.config.to_args())
         self.run.rewind(self.epoch)
-        self.say(f"resuming {self.run.root} after epoch {self.epoch} of {self.config.epochs}")
+        self.say(f"resuming {self.run.root} {where}")
 
     def fit(self, on_epoch_end: Callable[["Training"], None] | None = None) -> Evaluation | None:
         """Run the epochs that are left. The last evaluation, or None where none was made."""
@@ -184,7 +197,7 @@ class Training:
             self.device,
             first_step=self.step,
             amp=self.amp,
-            clip_grad_norm=self.config.clip_grad_norm,
+            clip_grad_norm=self.clip_grad_norm,
             name_of=self.train_set.file_of,
             report=self._report_broken,
         )
@@ -238,7 +251,14 @@ class Training:
         self._report_broken(result.problems)
         row.update({name: result.metrics[name] for name in METRICS}, val_seconds=result.seconds)
         ap = result.metrics["AP"]
-        if ap > self.best or not self.run.best.exists():
+        # No AP: nothing in the validation set counts. Unless an earlier one had an AP, the latest weights are kept.
+        no_ap = math.isnan(ap) and math.isinf(self.best)
+        if no_ap and not self.said_no_ap:
+            self.said_no_ap = True
+            require("tqdm").tqdm.write(
+                f"{self.val_set.name}: no object to count, so there is no AP: best.pt holds the latest weights"
+            )
+        if ap > self.best or no_ap or not self.run.best.exists():
             self.best = -math.inf if math.isnan(ap) else ap
             self._save(self.run.best, whole=False)
             self.run.write_evaluation(result)
@@ -256,7 +276,7 @@ class Training:
             epoch=self.epoch,
             step=self.step,
             best=None if math.isinf(self.best) else self.best,
-            args=dataclasses.asdict(self.config),
+            args=self.config.to_args(),
         )
 
     def _report_broken(self, problems: list) -> None:
