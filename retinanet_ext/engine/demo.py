@@ -58,7 +58,7 @@ def demo_config(data: Path, *, epochs: int, device: str, seed: int) -> TrainConf
 def run_demo(
     run_dir: str | Path,
     *,
-    epochs: int = 4,
+    epochs: int = 3,
     train_images: int = 800,
     val_images: int = 100,
     device: str = "auto",

@@ -12,6 +12,7 @@ from .. import (
     _load,  # noqa: F401 - registers the operators
     reference,
 )
+from ..reference.focal_loss import autocast_enabled
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -355,8 +356,7 @@ def sigmoid_focal_loss(
         int(ignore_index),
         REDUCTIONS[reduction],
     )
-    device = inputs.device.type
-    float32_loss = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    float32_loss = autocast_enabled(inputs)
     if torch.compiler.is_compiling():
         return _forward(inputs, targets, weight, class_alpha, *options, float32_loss)
     return _FocalLoss.apply(inputs, targets, weight, class_alpha, options, float32_loss)

@@ -22,6 +22,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device. Meta tensors have none, and asking about them is an error."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def softplus(z: Tensor) -> Tensor:
     # F.softplus drops the exponential above its threshold; logsigmoid is exact everywhere.
     return -F.logsigmoid(-z)
@@ -96,9 +101,7 @@ def sigmoid_focal_loss(
         return loss.sum()
     if reduction == "mean":
         return loss.sum() / count
-    device = inputs.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return loss if autocast else loss.to(inputs.dtype)
+    return loss if autocast_enabled(inputs) else loss.to(inputs.dtype)
 
 
 def anchor_rows(level: Tensor, num_classes: int) -> Tensor:
