@@ -59,7 +59,7 @@ def rounding_bound(z, gamma):
 
     Each of the γ factors of the power repeats what σ's own roundings left, and 8 ulp cover the rest.
     """
-    reach = np.where(z > 0, np.minimum(z, 22.0), -z)  # above z = 21.5 the kernel takes p = 1, softplus(z) = z
+    reach = np.where(z > 0, np.minimum(z, 22.0), -z)  # above z = 22 e^-z is below half an ulp of 1
     return (1.5 * (gamma + 1) * reach + 2 * gamma + 8) * ULP
 
 
@@ -85,10 +85,20 @@ def test_log2_keeps_relative_precision_near_one(focal_math, isa):
     assert focal_math.float32.log2(np.float32([1]), isa)[0] == 0
 
 
-def test_log2_1p_keeps_its_digits_for_small_arguments(focal_math, isa):
-    e = np.exp2(np.linspace(-126, 31, 500_001)).astype(np.float32)
-    expected = np.log1p(e.astype(np.float64)) / math.log(2)
-    assert relative_error(focal_math.float32.log2_1p(e, isa), expected) <= 2 * ULP
+def test_log1p_of_the_unit_interval_keeps_its_digits_for_small_arguments(focal_math, isa):
+    u = np.concatenate([np.exp2(np.linspace(-126, 0, 500_001)), np.linspace(0, 1, 100_001)]).astype(np.float32)
+    # The polynomial's own error is 1.9e-7, 1.6 ulp; its evaluation adds the rounding of two products.
+    assert relative_error(focal_math.float32.log1p_unit(u, isa), np.log1p(u.astype(np.float64))) <= 3 * ULP
+    assert focal_math.float32.log1p_unit(np.float32([0]), isa)[0] == 0
+
+
+@pytest.mark.parametrize(("degree", "bound"), [(6, 1.3e-6), (7, 1.95e-7)])
+def test_both_polynomials_of_the_logarithm(focal_math, isa, degree, bound):
+    """The device's and the host's; the stated bound and two roundings of a number near 1."""
+    u = np.concatenate([np.exp2(np.linspace(-126, 0, 100_001)), np.linspace(0, 1, 500_001)[1:]]).astype(np.float32)
+    expected = np.log1p(u.astype(np.float64)) / u
+    ratio = getattr(focal_math, f"log1p_ratio_degree{degree}")(u, isa)
+    assert relative_error(ratio, expected) <= bound + 2 * ULP
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)

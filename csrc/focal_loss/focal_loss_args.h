@@ -173,8 +173,49 @@ inline void check_grad(const FocalLossArgs& args, const torch::stable::Tensor& g
           shape_text(grad), " for inputs ", shape_text(args.inputs));
 }
 
+// Whether inputs, soft targets and `other` may be walked as they lie in memory.
+inline bool share_one_layout(const FocalLossArgs& args, const torch::stable::Tensor& other) {
+  return args.soft() && !args.class_alpha.has_value() && share_layout(args.inputs, args.targets) &&
+         same_strides(args.inputs, other);
+}
+
+// Whether the upstream gradient is one number for all elements.
+inline bool is_scalar_grad(const FocalLossArgs& args, const torch::stable::Tensor& grad) {
+  return args.reduction != Reduction::kNone || (grad.numel() > 0 && is_expanded_scalar(grad));
+}
+
+inline void check_reduced(const FocalLossArgs& args, const char* op) {
+  require(args.reduction != Reduction::kNone, op, ": reduction must be 1 (mean) or 2 (sum), and is 0 (none)");
+}
+
+// `was_one` is where a backward pass notes whether its upstream gradient was 1: memory the host can read at any time.
+inline void check_was_one(const torch::stable::Tensor& was_one, const char* op) {
+  require(was_one.scalar_type() == ScalarType::Int && was_one.numel() == 1 && was_one.is_cpu(), op,
+          ": was_one must be one int32 in host memory");
+}
+
+inline void check_refresh(const FocalLossArgs& args, const torch::stable::Tensor& grad,
+                          const torch::stable::Tensor& grad_inputs, const torch::stable::Tensor& was_one) {
+  constexpr const char* kOp = "sigmoid_focal_loss_refresh_grad";
+  check_reduced(args, kOp);
+  check_grad(args, grad);
+  check_was_one(was_one, kOp);
+  require(grad_inputs.scalar_type() == args.inputs.scalar_type() && grad_inputs.device() == args.inputs.device() &&
+              grad_inputs.dim() == args.inputs.dim() && same_sizes(grad_inputs, args.inputs, args.inputs.dim()),
+          kOp, ": grad_inputs must have the shape, dtype and device of inputs");
+  require(share_one_layout(args, args.inputs) ? same_strides(grad_inputs, args.inputs) : grad_inputs.is_contiguous(),
+          kOp, ": grad_inputs must be laid out as inputs where these share a layout with soft targets, and be contiguous "
+          "otherwise");
+}
+
 inline torch::stable::Tensor empty_scalar(const torch::stable::Tensor& like, ScalarType type) {
   return torch::stable::new_empty(like, {}, type);
+}
+
+// Memory for the gradient: laid out as the inputs, or contiguous.
+inline torch::stable::Tensor empty_gradient(const FocalLossArgs& args, bool keep_layout) {
+  return keep_layout ? torch::stable::empty_like(args.inputs)
+                     : torch::stable::new_empty(args.inputs, args.inputs.sizes());
 }
 
 }  // namespace retinanet_ext

@@ -1,9 +1,9 @@
 // Sigmoid focal loss on CUDA: launchers and operators around focal_loss_kernel.cuh.
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/launch.cuh"
 #include "focal_loss/focal_loss_args.h"
 #include "focal_loss/focal_loss_kernel.cuh"
+#include "focal_loss/focal_loss_launch.cuh"
 
 namespace retinanet_ext {
 namespace {
@@ -32,12 +32,6 @@ int launch_soft(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
   kernel<<<blocks, kFocalThreads, 0, scope.stream()>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return blocks;
-}
-
-// Grids never exceed this; the sum's workspace is sized by it before the grid is known.
-int64_t max_blocks(const CudaScope& scope) {
-  constexpr int kMaxResidentThreads = 2048;
-  return static_cast<int64_t>(scope.multiprocessors()) * (kMaxResidentThreads / kFocalThreads);
 }
 
 // Chooses the kernel: float64 has one general variant; others one for gamma = 2, one for any gamma, and one for
@@ -105,9 +99,34 @@ FocalKernelArgs<T> kernel_args(const FocalLossArgs& args, const Prepared& prepar
   return kernel;
 }
 
-bool shares_layout(const FocalLossArgs& args, const Tensor& other) {
-  return args.soft() && !args.class_alpha.has_value() && share_layout(args.inputs, args.targets) &&
-         same_strides(args.inputs, other);
+// Memory for the two stages of a sum.
+struct SumWorkspace {
+  Tensor block_sums;
+  Tensor block_ignored;
+
+  SumWorkspace(const CudaScope& scope, const FocalLossArgs& args)
+      : block_sums(torch::stable::new_empty(args.inputs, {max_blocks(scope)}, ScalarType::Double)),
+        block_ignored(torch::stable::new_empty(args.inputs, {max_blocks(scope)}, ScalarType::Long)) {}
+
+  double* sums() {
+    return static_cast<double*>(block_sums.mutable_data_ptr());
+  }
+  // Where ignored rows are counted: the mean over class indices. Null otherwise.
+  int64_t* ignored(const FocalLossArgs& args) {
+    const bool counts = args.reduction == Reduction::kMean && !args.soft();
+    return counts ? static_cast<int64_t*>(block_ignored.mutable_data_ptr()) : nullptr;
+  }
+};
+
+// Second stage: the sum or mean of what `blocks` blocks left in the workspace; of none, 0 or NaN.
+template <typename T>
+Tensor finish_sum(const CudaScope& scope, const FocalLossArgs& args, SumWorkspace& workspace, int blocks) {
+  Tensor loss = empty_scalar(args.inputs, compute_type(args.inputs.scalar_type()));
+  focal_finish_kernel<T><<<1, kFocalThreads, 0, scope.stream()>>>(
+      workspace.sums(), workspace.ignored(args), blocks, args.reduction == Reduction::kMean, args.num_rows(),
+      static_cast<int>(args.num_classes()), static_cast<T*>(loss.mutable_data_ptr()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return loss;
 }
 
 template <typename In>
@@ -117,7 +136,7 @@ Tensor forward(const FocalLossArgs& args, bool float32_loss) {
   const ScalarType type = args.inputs.scalar_type();
   if (args.reduction == Reduction::kNone) {
     const bool widen = float32_loss && is_half(type);
-    const bool keep_layout = !widen && shares_layout(args, args.inputs);
+    const bool keep_layout = !widen && share_one_layout(args, args.inputs);
     Tensor loss = keep_layout ? torch::stable::empty_like(args.inputs)
                               : torch::stable::new_empty(args.inputs, args.inputs.sizes(),
                                                          widen ? ScalarType::Float : type);
@@ -129,27 +148,16 @@ Tensor forward(const FocalLossArgs& args, bool float32_loss) {
     launch<In, FocalTask::kLoss>(scope, kernel, args.soft());
     return loss;
   }
-  Tensor loss = empty_scalar(args.inputs, compute_type(type));
-  T* result = static_cast<T*>(loss.mutable_data_ptr());
-  const int64_t capacity = max_blocks(scope);
-  const Tensor block_sums = torch::stable::new_empty(args.inputs, {capacity}, ScalarType::Double);
-  const Tensor block_ignored = torch::stable::new_empty(args.inputs, {capacity}, ScalarType::Long);
-  double* sums = static_cast<double*>(block_sums.mutable_data_ptr());
-  const bool counts = args.reduction == Reduction::kMean && !args.soft();
-  int64_t* ignored = counts ? static_cast<int64_t*>(block_ignored.mutable_data_ptr()) : nullptr;
+  SumWorkspace workspace(scope, args);
   int blocks = 0;
   if (args.inputs.numel() > 0) {
-    const Prepared prepared = prepare_tensors(args, shares_layout(args, args.inputs));
+    const Prepared prepared = prepare_tensors(args, share_one_layout(args, args.inputs));
     FocalKernelArgs<T> kernel = kernel_args<T>(args, prepared);
-    kernel.block_sums = sums;
-    kernel.block_ignored = ignored;
+    kernel.block_sums = workspace.sums();
+    kernel.block_ignored = workspace.ignored(args);
     blocks = launch<In, FocalTask::kSum>(scope, kernel, args.soft());
   }
-  focal_finish_kernel<T><<<1, kFocalThreads, 0, scope.stream()>>>(sums, ignored, blocks,
-                                                                 args.reduction == Reduction::kMean, args.num_rows(),
-                                                                 static_cast<int>(args.num_classes()), result);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return loss;
+  return finish_sum<T>(scope, args, workspace, blocks);
 }
 
 void count_ignored(const CudaScope& scope, const FocalLossArgs& args, const Tensor& targets, const Tensor& ignored) {
@@ -167,15 +175,45 @@ void count_ignored(const CudaScope& scope, const FocalLossArgs& args, const Tens
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// For the gradient of a mean over class indices: the number of ignored rows, on the device. Keeps it in `memory`.
+template <typename T>
+void set_ignored(const CudaScope& scope, const FocalLossArgs& args, const Prepared& prepared,
+                 FocalKernelArgs<T>& kernel, std::optional<Tensor>& memory) {
+  if (!kernel.mean || args.soft()) return;
+  memory = torch::stable::new_zeros(args.inputs, {1}, ScalarType::Long);
+  count_ignored(scope, args, prepared.targets, *memory);
+  kernel.ignored = static_cast<const int64_t*>(memory->const_data_ptr());
+}
+
+// Sum or mean and its gradient in one pass.
 template <typename In>
-Tensor backward(const FocalLossArgs& args, const Tensor& grad) {
+std::tuple<Tensor, Tensor> forward_with_grad(const FocalLossArgs& args) {
   using T = compute_t<In>;
   const CudaScope scope(args.inputs);
-  const bool scalar_grad = args.reduction != Reduction::kNone || (grad.numel() > 0 && is_expanded_scalar(grad));
-  const bool keep_layout = shares_layout(args, scalar_grad ? args.inputs : grad);
-  Tensor grad_inputs = keep_layout ? torch::stable::empty_like(args.inputs)
-                                   : torch::stable::new_empty(args.inputs, args.inputs.sizes());
-  if (args.inputs.numel() == 0) return grad_inputs;
+  const bool keep_layout = share_one_layout(args, args.inputs);
+  Tensor grad_inputs = empty_gradient(args, keep_layout);
+  SumWorkspace workspace(scope, args);
+  int blocks = 0;
+  if (args.inputs.numel() > 0) {
+    const Prepared prepared = prepare_tensors(args, keep_layout);
+    FocalKernelArgs<T> kernel = kernel_args<T>(args, prepared);
+    std::optional<Tensor> ignored;
+    set_ignored(scope, args, prepared, kernel, ignored);
+    kernel.block_sums = workspace.sums();
+    kernel.block_ignored = workspace.ignored(args);
+    kernel.result = grad_inputs.mutable_data_ptr();
+    blocks = launch<In, FocalTask::kSumAndGradient>(scope, kernel, args.soft());
+  }
+  return {finish_sum<T>(scope, args, workspace, blocks), grad_inputs};
+}
+
+// Into `grad_inputs`, which is contiguous or, where `keep_layout`, laid out as the inputs. `was_one`, on the device,
+// notes whether the upstream gradient was 1, and where `filled`, that leaves grad_inputs as it is.
+template <typename In>
+void backward_into(const CudaScope& scope, const FocalLossArgs& args, const Tensor& grad, bool keep_layout,
+                   Tensor& grad_inputs, int32_t* was_one, bool filled) {
+  using T = compute_t<In>;
+  const bool scalar_grad = is_scalar_grad(args, grad);
   const Prepared prepared = prepare_tensors(args, keep_layout);
   const Tensor upstream = scalar_grad ? grad
                           : keep_layout && is_vector_aligned(grad.const_data_ptr()) ? grad
@@ -186,29 +224,20 @@ Tensor backward(const FocalLossArgs& args, const Tensor& grad) {
   kernel.grad = upstream.const_data_ptr();
   kernel.wide_grad = upstream.scalar_type() != args.inputs.scalar_type();
   kernel.scalar_grad = scalar_grad;
+  kernel.was_one = was_one;
+  kernel.filled = filled;
   std::optional<Tensor> ignored;
-  if (kernel.mean && !args.soft()) {
-    ignored = torch::stable::new_zeros(args.inputs, {1}, ScalarType::Long);
-    count_ignored(scope, args, prepared.targets, *ignored);
-    kernel.ignored = static_cast<const int64_t*>(ignored->const_data_ptr());
-  }
+  set_ignored(scope, args, prepared, kernel, ignored);
   launch<In, FocalTask::kGradient>(scope, kernel, args.soft());
-  return grad_inputs;
 }
 
-// Calls f with a value of the storage type of `type`.
-template <typename F>
-Tensor with_storage_type(ScalarType type, F&& f) {
-  switch (type) {
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Half:
-      return f(Float16{});
-    default:
-      return f(BFloat16{});
-  }
+template <typename In>
+Tensor backward(const FocalLossArgs& args, const Tensor& grad) {
+  const CudaScope scope(args.inputs);
+  const bool keep_layout = share_one_layout(args, is_scalar_grad(args, grad) ? args.inputs : grad);
+  Tensor grad_inputs = empty_gradient(args, keep_layout);
+  if (args.inputs.numel() > 0) backward_into<In>(scope, args, grad, keep_layout, grad_inputs, nullptr, false);
+  return grad_inputs;
 }
 
 Tensor sigmoid_focal_loss_cuda(const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& weight,
@@ -230,9 +259,38 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& inputs
   return with_storage_type(inputs.scalar_type(), [&](auto storage) { return backward<decltype(storage)>(args, grad); });
 }
 
+std::tuple<Tensor, Tensor> sigmoid_focal_loss_with_grad_cuda(const Tensor& inputs, const Tensor& targets,
+                                                             const std::optional<Tensor>& weight,
+                                                             const std::optional<Tensor>& class_alpha, double alpha,
+                                                             double gamma, double label_smoothing, int64_t ignore_index,
+                                                             int64_t reduction) {
+  const FocalLossArgs args = make_focal_loss_args(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing,
+                                                  ignore_index, reduction);
+  check_reduced(args, "sigmoid_focal_loss_with_grad");
+  return with_storage_type(inputs.scalar_type(),
+                           [&](auto storage) { return forward_with_grad<decltype(storage)>(args); });
+}
+
+void sigmoid_focal_loss_refresh_grad_cuda(Tensor grad_inputs, Tensor was_one, const Tensor& grad, const Tensor& inputs,
+                                          const Tensor& targets, const std::optional<Tensor>& weight,
+                                          const std::optional<Tensor>& class_alpha, double alpha, double gamma,
+                                          double label_smoothing, int64_t ignore_index, int64_t reduction, bool filled) {
+  const FocalLossArgs args = make_focal_loss_args(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing,
+                                                  ignore_index, reduction);
+  check_refresh(args, grad, grad_inputs, was_one);
+  if (inputs.numel() == 0) return;
+  with_storage_type(inputs.scalar_type(), [&](auto storage) {
+    const CudaScope scope(args.inputs);
+    backward_into<decltype(storage)>(scope, args, grad, share_one_layout(args, args.inputs), grad_inputs,
+                                     host_memory_on_device(was_one), filled);
+  });
+}
+
 STABLE_TORCH_LIBRARY_IMPL(retinanet_ext, CUDA, m) {
   m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss_cuda));
   m.impl("sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward_cuda));
+  m.impl("sigmoid_focal_loss_with_grad", TORCH_BOX(&sigmoid_focal_loss_with_grad_cuda));
+  m.impl("sigmoid_focal_loss_refresh_grad", TORCH_BOX(&sigmoid_focal_loss_refresh_grad_cuda));
 }
 
 }  // namespace

@@ -1,36 +1,22 @@
-// Sigmoid focal loss on CUDA: loss, sum of losses, gradient (formulas in common/focal_math.h).
+// Sigmoid focal loss on CUDA: loss, sum of losses, gradient, sum and gradient in one pass (formulas in
+// common/focal_math.h).
 //
 // Threads   Blocks of 256 walk tiles of whole rows, about 16 KiB of logits each; a thread takes four 16-byte vectors of
 //           a tile (8 half or 4 float elements each), all loaded before the first is used: 64 bytes in flight a thread,
 //           64 KiB a multiprocessor at four blocks.
 // Rows      Nearly every row of a dense detector is background. A tile in which no row is positive or ignored is one
 //           flat run: no row, no column, no division. Any other tile finds row and column once a vector and walks on.
-// Math      Background, gamma = 2: ex2, lg2 and a quarter of a rcp an element (four elements share one reciprocal of
-//           the product of their denominators): 2.25 special-function operations. General gamma: one ex2 more.
+// Math      Background, gamma = 2: one ex2 and one rcp an element; ln(1 + u) is a polynomial, which leaves as much to the
+//           arithmetic units as to the special-function units. General gamma: one ex2 more.
 // Bytes     An element read once (2 for halves, 4 for float), and written once by loss and gradient; targets, one a row.
-// Bound     Forward sum: special functions for halves, memory for float. Gradient: memory.
+// Bound     Forward sum: issue slots and memory alike for halves, memory for float. Gradient: memory.
 // Sums      Thread (float) → warp by shuffles → block (double) → one number a block, added in block order by a second
 //           kernel. No float atomics: the same bits on every run of a device.
 #pragma once
 
-#include <cstdint>
-
-#include "common/focal_math.h"
-#include "cuda/shared_memory.cuh"
-#include "cuda/vec.cuh"
+#include "focal_loss/focal_loss_device.cuh"
 
 namespace retinanet_ext {
-
-constexpr int kFocalThreads = 256;
-constexpr int kFocalVectorsPerThread = 4;
-// Resident blocks a multiprocessor: 64 registers a thread; float64, which is not built for speed, takes 128.
-template <typename In>
-constexpr int kFocalMinBlocks = sizeof(In) == sizeof(double) ? 2 : 4;
-constexpr int kWarpSize = 32;
-constexpr int kFocalWarps = kFocalThreads / kWarpSize;
-static_assert(kFocalThreads % kWarpSize == 0 && kFocalWarps <= kWarpSize);
-
-enum class FocalTask { kLoss, kSum, kGradient };
 
 // T is the compute type, float or double.
 template <typename T>
@@ -50,24 +36,17 @@ struct FocalKernelArgs {
   const T* weight;       // [classes] or null
   int64_t ignore_index;
   void* result;           // loss or gradient [rows, classes], 16-byte aligned
-  bool wide_result;       // float rather than the dtype of inputs
+  bool wide_result;       // kLoss: float rather than the dtype of inputs
   const void* grad;       // kGradient: one element, or [rows, classes]
   bool wide_grad;         // the compute type rather than the dtype of inputs
   bool scalar_grad;       // one element for all
-  const int64_t* ignored;  // kGradient of a mean: number of ignored rows, or null
+  const int64_t* ignored;  // gradient of a mean: number of ignored rows, or null
   bool mean;
-  double* block_sums;       // kSum: [blocks]
-  int64_t* block_ignored;   // kSum of a mean: [blocks] ignored rows; null otherwise
+  double* block_sums;       // sums: [blocks]
+  int64_t* block_ignored;   // sums of a mean: [blocks] ignored rows; null otherwise
+  bool filled;              // kGradient of a scalar_grad: `result` has the gradient for an upstream gradient of 1
+  int32_t* was_one;         // kGradient of a scalar_grad: notes whether it was 1; or null
 };
-
-// Rows of a tile: as many as a batch of every thread's vectors holds, in whole vectors so that each tile starts aligned.
-template <typename In>
-int focal_rows_per_tile(int classes) {
-  constexpr int kWidth = kVectorWidth<In>;
-  constexpr int kTileElements = kFocalVectorsPerThread * kFocalThreads * kWidth;
-  const int rows = kTileElements / classes / kWidth * kWidth;
-  return rows > kWidth ? rows : kWidth;
-}
 
 template <typename T>
 __device__ __forceinline__ int64_t row_class(const FocalKernelArgs<T>& args, int64_t row) {
@@ -75,53 +54,11 @@ __device__ __forceinline__ int64_t row_class(const FocalKernelArgs<T>& args, int
                            : static_cast<int64_t>(static_cast<const int32_t*>(args.targets)[row]);
 }
 
-// r[i] = 1/d[i]. Float: one reciprocal for each four; d <= 2^31 + 1, so that the product stays below 2^125.
-template <int kWidth>
-__device__ __forceinline__ void reciprocals(const float (&d)[kWidth], float (&r)[kWidth]) {
-  static_assert(kWidth % 4 == 0);
-#pragma unroll
-  for (int i = 0; i < kWidth; i += 4) {
-    const float left = d[i] * d[i + 1];
-    const float right = d[i + 2] * d[i + 3];
-    const float all = reciprocal(left * right);
-    const float inverse_left = all * right;
-    const float inverse_right = all * left;
-    r[i] = inverse_left * d[i + 1];
-    r[i + 1] = inverse_left * d[i];
-    r[i + 2] = inverse_right * d[i + 3];
-    r[i + 3] = inverse_right * d[i + 2];
-  }
-}
-
-template <int kWidth>
-__device__ __forceinline__ void reciprocals(const double (&d)[kWidth], double (&r)[kWidth]) {
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) r[i] = reciprocal(d[i]);
-}
-
-// Loss or local gradient of background elements, before alpha.
-template <FocalTask kTask, Gamma kGamma, typename T, int kWidth>
-__device__ __forceinline__ void background_vector(const T (&x)[kWidth], T gamma, T (&values)[kWidth]) {
-  T e[kWidth];
-  T d[kWidth];
-  T r[kWidth];
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    e[i] = hard_exponential(x[i]);
-    d[i] = T(1) + e[i];
-  }
-  reciprocals(d, r);
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    values[i] = kTask == FocalTask::kGradient ? hard_gradient<T, kGamma>(x[i], e[i], r[i], gamma)
-                                              : hard_loss<T, kGamma>(x[i], e[i], r[i], gamma);
-  }
-}
-
-// Loss or local gradient of one element against its row's class, which is not the ignored one, with every factor but the
+// Loss and gradient of one element against its row's class, which is not the ignored one, with every factor but the
 // upstream gradient.
-template <FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
-__device__ __forceinline__ T indexed_element(const FocalKernelArgs<T>& args, T x, int64_t target, int column) {
+template <Gamma kGamma, bool kByColumn, typename T>
+__device__ __forceinline__ LossAndGradient<T> indexed_element(const FocalKernelArgs<T>& args, T x, int64_t target,
+                                                              int column) {
   const bool positive = target == column;
   const bool foreground = target >= 0 && target < args.classes;
   T a = positive ? args.alpha_positive : args.alpha_negative;
@@ -132,104 +69,106 @@ __device__ __forceinline__ T indexed_element(const FocalKernelArgs<T>& args, T x
   if (args.weight != nullptr && foreground) a *= args.weight[target];
   const T z = positive ? -x : x;
   const T h = args.half_smoothing;
-  if (kTask == FocalTask::kGradient) {
-    const T slope = kByColumn && h != T(0) ? smoothed_gradient(z, args.gamma, h) : hard_gradient<T, kGamma>(z, args.gamma);
-    return positive ? -a * slope : a * slope;
-  }
-  return a * (kByColumn && h != T(0) ? smoothed_loss(z, args.gamma, h) : hard_loss<T, kGamma>(z, args.gamma));
+  const LossAndGradient<T> element = kByColumn && h != T(0) ? smoothed_element(z, args.gamma, h)
+                                                            : hard_element<T, kGamma>(z, args.gamma);
+  return {a * element.loss, (positive ? -a : a) * element.gradient};
+}
+
+template <typename T>
+__device__ __forceinline__ bool is_background(const FocalKernelArgs<T>& args, int64_t row) {
+  const int64_t target = row_class(args, row);
+  return target != args.ignore_index && (target < 0 || target >= args.classes);
+}
+
+// The upstream gradient of element `i`.
+template <typename In, typename T>
+__device__ __forceinline__ T grad_of(const FocalKernelArgs<T>& args, int64_t i) {
+  return args.wide_grad ? static_cast<const T*>(args.grad)[i] : T(load_value(static_cast<const In*>(args.grad)[i]));
 }
 
 // The upstream gradient's factor common to all elements.
-template <typename In, typename T>
+template <typename In, FocalTask kTask, typename T>
 __device__ __forceinline__ T common_grad(const FocalKernelArgs<T>& args) {
-  if (!args.scalar_grad) return T(1);
-  const T grad = args.wide_grad ? *static_cast<const T*>(args.grad) : T(load_value(*static_cast<const In*>(args.grad)));
+  if (!differentiates(kTask)) return T(1);
+  T grad = T(1);
+  if (kTask == FocalTask::kGradient) {
+    if (!args.scalar_grad) return T(1);
+    grad = grad_of<In>(args, 0);
+  }
   if (!args.mean) return grad;
   const int64_t kept = args.rows - (args.ignored != nullptr ? *args.ignored : 0);
   return static_cast<T>(static_cast<double>(grad) / (static_cast<double>(kept) * args.classes));
 }
 
-template <typename S, typename T, int kWidth>
-__device__ __forceinline__ void read_values(const void* base, int64_t offset, int count, T (&values)[kWidth]) {
-  const S* source = static_cast<const S*>(base) + offset;
-  if (count == kWidth) {
-    const Vec<S, kWidth> vector = load_vector<S, kWidth>(source);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[i] = T(load_value(vector.values[i]));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (i < count) values[i] = T(load_value(source[i]));
-    }
-  }
+// Whether the gradient is there already. Notes for the host whether the upstream gradient was 1.
+template <typename In, FocalTask kTask, typename T>
+__device__ __forceinline__ bool is_done(const FocalKernelArgs<T>& args) {
+  if (kTask != FocalTask::kGradient || args.was_one == nullptr) return false;
+  const T grad = grad_of<In>(args, 0);
+  const bool one = grad == T(1);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.was_one = one;
+  return one && args.filled;
 }
 
-template <typename S, typename T, int kWidth>
-__device__ __forceinline__ void write_values(void* base, int64_t offset, int count, const T (&values)[kWidth]) {
-  S* target = static_cast<S*>(base) + offset;
-  if (count == kWidth) {
-    Vec<S, kWidth> vector;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) store_value(values[i], vector.values[i]);
-    store_vector(target, vector);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      if (i < count) store_value(values[i], target[i]);
-    }
-  }
-}
-
-// Ends the first `count` values of a vector (all but in a tensor's last one): summed, or times the upstream gradient
-// and stored. Elements whose bit of `skipped` is set are zero, whatever the upstream gradient is.
+// Ends the first `count` elements of a vector (all but in a tensor's last one): summed, or stored with the upstream
+// gradient. The losses of others are zero already.
 template <typename In, FocalTask kTask, typename T, int kWidth>
-__device__ __forceinline__ void finish_vector(const FocalKernelArgs<T>& args, T (&values)[kWidth], int64_t offset,
-                                              int count, unsigned skipped, T scale, T& sum) {
-  if (kTask == FocalTask::kSum) {
-    T vector_sum = T(0);
+__device__ __forceinline__ void finish_vector(const FocalKernelArgs<T>& args, FocalVector<T, kWidth>& vector,
+                                              int64_t offset, int count, T loss_scale, T grad_scale, T& sum) {
+  if (sums(kTask)) sum += vector_sum(vector) * loss_scale;
+  if (kTask == FocalTask::kSum) return;
+  T values[kWidth];
+  if (kTask == FocalTask::kLoss) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) vector_sum += i < count && (skipped >> i & 1u) == 0 ? values[i] : T(0);
-    sum += vector_sum * scale;
-    return;
-  }
-  if (kTask == FocalTask::kGradient && !args.scalar_grad) {
+    for (int i = 0; i < kWidth; ++i) values[i] = vector.losses[i] * loss_scale;
+  } else {
     T grad[kWidth] = {};
-    if (args.wide_grad) {
+    const bool by_element = kTask == FocalTask::kGradient && !args.scalar_grad;
+    if (by_element && args.wide_grad) {
       read_values<T>(args.grad, offset, count, grad);
-    } else {
+    } else if (by_element) {
       read_values<In>(args.grad, offset, count, grad);
     }
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) values[i] *= grad[i];
+    for (int i = 0; i < kWidth; ++i) {
+      values[i] = vector.gradients[i] * grad_scale;
+      if (by_element) values[i] *= grad[i];
+    }
   }
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) values[i] = (skipped >> i & 1u) != 0 ? T(0) : values[i] * scale;
-  if (args.wide_result) {
+  if (kTask == FocalTask::kLoss && sizeof(In) < sizeof(T) && args.wide_result) {
     write_values<T>(args.result, offset, count, values);
   } else {
     write_values<In>(args.result, offset, count, values);
   }
 }
 
-template <typename V>
-__device__ __forceinline__ V warp_sum(V value) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_down_sync(0xffffffffu, value, distance);
+// Elements one by one, of `row` from `column` on, and of the rows that follow.
+template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
+__device__ __forceinline__ void indexed_elements(const FocalKernelArgs<T>& args, int64_t offset, int count, int64_t row,
+                                                 int column, T upstream, T& sum) {
+  int64_t target = row_class(args, row);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    if (column == args.classes) {
+      column = 0;
+      target = row_class(args, ++row);
+    }
+    const bool counts = target != args.ignore_index;
+    const T x = T(load_value(static_cast<const In*>(args.inputs)[offset + i]));
+    const LossAndGradient<T> element = indexed_element<kGamma, kByColumn>(args, x, target, column);
+    if (sums(kTask) && counts) sum += element.loss;
+    if (kTask != FocalTask::kSum) {
+      T value = kTask == FocalTask::kLoss ? element.loss : element.gradient * upstream;
+      if (kTask == FocalTask::kGradient && !args.scalar_grad) value *= grad_of<In>(args, offset + i);
+      if (!counts) value = T(0);
+      if (kTask == FocalTask::kLoss && sizeof(In) < sizeof(T) && args.wide_result) {
+        static_cast<T*>(args.result)[offset + i] = value;
+      } else {
+        store_value(value, static_cast<In*>(args.result)[offset + i]);
+      }
+    }
+    ++column;
   }
-  return value;
-}
-
-// The block's total in thread 0, in a fixed order.
-__device__ __forceinline__ double block_sum(double value, double* shared) {
-  value = warp_sum(value);
-  // The previous use of `shared` has been read by warp 0 before it is overwritten.
-  __syncthreads();
-  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
-  // Every warp's sum is there before warp 0 adds them.
-  __syncthreads();
-  if (threadIdx.x < kWarpSize) value = warp_sum(threadIdx.x < kFocalWarps ? shared[threadIdx.x] : 0.0);
-  return value;
 }
 
 // Class indices. In: storage type of the logits.
@@ -240,9 +179,10 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
   constexpr int kWidth = kVectorWidth<In>;
   constexpr int kBatch = kFocalVectorsPerThread * kFocalThreads;
   RNX_SHARED(double, shared, kFocalWarps);
+  if (is_done<In, kTask>(args)) return;
   const In* inputs = static_cast<const In*>(args.inputs);
-  const T upstream = kTask == FocalTask::kGradient ? common_grad<In>(args) : T(1);
-  const T background_scale = args.alpha_negative * upstream;
+  const T upstream = common_grad<In, kTask>(args);
+  const T background_grad = args.alpha_negative * upstream;
   T sum = T(0);
   int64_t ignored = 0;
 
@@ -252,19 +192,22 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
     const int rows = static_cast<int>(rest < args.rows_per_tile ? rest : args.rows_per_tile);
     const int count = rows * args.classes;
     const int64_t base = first_row * args.classes;
+    const int whole_vectors = count / kWidth;
     const int vectors = (count + kWidth - 1) / kWidth;  // only a tensor's last vector can be partial
-    bool mixed = kByColumn;
+    bool mixed = false;
 
     for (int start = 0; start < vectors; start += kBatch) {
-      Vec<In, kWidth> loaded[kFocalVectorsPerThread];
+      Vec<In> loaded[kFocalVectorsPerThread];
+      if (!kByColumn) {
 #pragma unroll
-      for (int u = 0; u < kFocalVectorsPerThread; ++u) {
-        const int element = (start + u * kFocalThreads + static_cast<int>(threadIdx.x)) * kWidth;
-        if (element + kWidth <= count) loaded[u] = load_vector(inputs + base + element);
+        for (int u = 0; u < kFocalVectorsPerThread; ++u) {
+          const int index = start + u * kFocalThreads + static_cast<int>(threadIdx.x);
+          if (index < whole_vectors) loaded[u] = load_vector(inputs + base + index * kWidth);
+        }
       }
       if (start == 0) {
         // The loads above are under way while the rows' classes are read.
-        bool found = false;
+        bool found = kByColumn;
         for (int row = threadIdx.x; row < rows; row += kFocalThreads) {
           const int64_t target = row_class(args, first_row + row);
           const bool skipped = target == args.ignore_index;
@@ -272,43 +215,46 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
           found |= skipped || (target >= 0 && target < args.classes);
         }
         // One row that is not background sends the whole block down the general path.
-        mixed |= __syncthreads_or(found) != 0;
+        mixed = __syncthreads_or(found) != 0;
       }
+      if (mixed) break;
 #pragma unroll
       for (int u = 0; u < kFocalVectorsPerThread; ++u) {
-        const int element = (start + u * kFocalThreads + static_cast<int>(threadIdx.x)) * kWidth;
-        if (element >= count) continue;
-        const int valid = count - element < kWidth ? count - element : kWidth;
+        const int index = start + u * kFocalThreads + static_cast<int>(threadIdx.x);
+        if (index >= whole_vectors) continue;
         T x[kWidth];
-        T values[kWidth];
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          x[i] = valid == kWidth ? T(load_value(loaded[u].values[i]))
-                                 : (i < valid ? T(load_value(inputs[base + element + i])) : T(0));
-        }
-        if (mixed) {
-          int row = element / args.classes;
-          int column = element - row * args.classes;
-          int64_t target = row_class(args, first_row + row);
-          unsigned skipped = 0;
-#pragma unroll
-          for (int i = 0; i < kWidth; ++i) {
-            skipped |= static_cast<unsigned>(target == args.ignore_index) << i;
-            values[i] = i < valid ? indexed_element<kTask, kGamma, kByColumn>(args, x[i], target, column) : T(0);
-            if (++column == args.classes && i + 1 < valid) {
-              column = 0;
-              target = row_class(args, first_row + ++row);
-            }
-          }
-          finish_vector<In, kTask>(args, values, base + element, valid, skipped, upstream, sum);
-        } else {
-          background_vector<kTask, kGamma>(x, args.gamma, values);
-          finish_vector<In, kTask>(args, values, base + element, valid, 0u, background_scale, sum);
-        }
+        unpack(loaded[u], x);
+        FocalVector<T, kWidth> vector;
+        evaluate_background<kGamma>(x, args.gamma, vector);
+        finish_vector<In, kTask>(args, vector, base + index * kWidth, kWidth, args.alpha_negative, background_grad, sum);
       }
     }
+
+    // What is left, the whole tile or the partial vector, is loaded anew, a vector at a time, which leaves the registers to
+    // the path above. Vectors whose rows are all background take the fast arithmetic here too. By column there is no fast
+    // arithmetic, and neighbouring threads take neighbouring elements.
+    constexpr int kStep = kByColumn ? 1 : kWidth;
+    const int first = mixed ? 0 : whole_vectors * kWidth;
+#pragma unroll 1
+    for (int element = first + static_cast<int>(threadIdx.x) * kStep; element < count; element += kFocalThreads * kStep) {
+      const int valid = count - element < kStep ? count - element : kStep;
+      const int row = element / args.classes;
+      const int column = element - row * args.classes;
+      if (!kByColumn && valid == kWidth && column + kWidth <= 2 * args.classes) {
+        const bool one_row = column + kWidth <= args.classes;
+        if (is_background(args, first_row + row) && (one_row || is_background(args, first_row + row + 1))) {
+          T x[kWidth];
+          unpack(load_vector(inputs + base + element), x);
+          FocalVector<T, kWidth> vector;
+          evaluate_background<kGamma>(x, args.gamma, vector);
+          finish_vector<In, kTask>(args, vector, base + element, kWidth, args.alpha_negative, background_grad, sum);
+          continue;
+        }
+      }
+      indexed_elements<In, kTask, kGamma, kByColumn>(args, base + element, valid, first_row + row, column, upstream, sum);
+    }
   }
-  if (kTask == FocalTask::kSum) {
+  if (sums(kTask)) {
     const double total = block_sum(static_cast<double>(sum), shared);
     if (threadIdx.x == 0) args.block_sums[blockIdx.x] = total;
     if (args.block_ignored != nullptr) {
@@ -326,17 +272,18 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
   constexpr int kWidth = kVectorWidth<In>;
   RNX_SHARED(double, shared, kFocalWarps);
   const int64_t total = args.rows * args.classes;
-  const T upstream = kTask == FocalTask::kGradient ? common_grad<In>(args) : T(1);
+  if (is_done<In, kTask>(args)) return;
+  const T upstream = common_grad<In, kTask>(args);
   T sum = T(0);
   for (int64_t tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
     for (int u = 0; u < kFocalVectorsPerThread; ++u) {
-      const int64_t vector = (tile * kFocalVectorsPerThread + u) * kFocalThreads + static_cast<int>(threadIdx.x);
-      const int64_t element = vector * kWidth;
+      const int64_t index = (tile * kFocalVectorsPerThread + u) * kFocalThreads + static_cast<int>(threadIdx.x);
+      const int64_t element = index * kWidth;
       if (element >= total) break;
       const int valid = total - element < kWidth ? static_cast<int>(total - element) : kWidth;
       T x[kWidth] = {};
       T targets[kWidth] = {};
-      T values[kWidth];
+      FocalVector<T, kWidth> vector;
       read_values<In>(args.inputs, element, valid, x);
       if (args.wide_targets) {
         read_values<T>(args.targets, element, valid, targets);
@@ -354,36 +301,15 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
           negative = alpha < T(0) ? T(1) : T(1) - alpha;
           column = column + 1 == args.classes ? 0 : column + 1;
         }
-        values[i] = kTask == FocalTask::kGradient
-                        ? soft_gradient<T, kGamma>(x[i], targets[i], args.gamma, positive, negative)
-                        : soft_loss<T, kGamma>(x[i], targets[i], args.gamma, positive, negative);
+        vector.set(i, soft_element<T, kGamma>(x[i], targets[i], args.gamma, positive, negative));
+        if (i >= valid) vector.losses[i] = T(0);
       }
-      finish_vector<In, kTask>(args, values, element, valid, 0u, upstream, sum);
+      finish_vector<In, kTask>(args, vector, element, valid, T(1), upstream, sum);
     }
   }
-  if (kTask == FocalTask::kSum) {
+  if (sums(kTask)) {
     const double block_total = block_sum(static_cast<double>(sum), shared);
     if (threadIdx.x == 0) args.block_sums[blockIdx.x] = block_total;
-  }
-}
-
-// Second stage of the sum: one block adds the blocks' numbers in a fixed order; a mean divides by what is not ignored.
-template <typename T>
-__global__ void __launch_bounds__(kFocalThreads)
-    focal_finish_kernel(const double* block_sums, const int64_t* block_ignored, int blocks, bool mean, int64_t rows,
-                        int classes, T* result) {
-  RNX_SHARED(double, shared, kFocalWarps);
-  double sum = 0;
-  double ignored = 0;
-  for (int i = threadIdx.x; i < blocks; i += kFocalThreads) {
-    sum += block_sums[i];
-    if (block_ignored != nullptr) ignored += static_cast<double>(block_ignored[i]);
-  }
-  sum = block_sum(sum, shared);
-  ignored = block_sum(ignored, shared);
-  if (threadIdx.x == 0) {
-    const double kept = (static_cast<double>(rows) - ignored) * classes;
-    *result = static_cast<T>(mean ? sum / kept : sum);
   }
 }
 

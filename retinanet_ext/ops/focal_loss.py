@@ -13,6 +13,7 @@ from .. import (
     reference,
 )
 from ..reference.focal_loss import autocast_enabled
+from . import one_pass
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -21,6 +22,8 @@ INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 _forward = torch.ops.retinanet_ext.sigmoid_focal_loss.default
 _backward = torch.ops.retinanet_ext.sigmoid_focal_loss_backward.default
+_with_grad = torch.ops.retinanet_ext.sigmoid_focal_loss_with_grad.default
+_refresh_grad = torch.ops.retinanet_ext.sigmoid_focal_loss_refresh_grad.default
 
 
 class Options(NamedTuple):
@@ -77,7 +80,22 @@ def _fake_backward(
     scalar = reduction != 0 or all(
         stride == 0 or size == 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
     )
-    if _keeps_layout(inputs, targets, class_alpha) and (scalar or _same_strides(inputs, grad)):
+    return _empty_gradient(inputs, targets, class_alpha, scalar or _same_strides(inputs, grad))
+
+
+@torch.library.register_fake("retinanet_ext::sigmoid_focal_loss_with_grad")
+def _fake_with_grad(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing, ignore_index, reduction):
+    loss = inputs.new_empty((), dtype=loss_dtype(inputs, reduction, False))
+    return loss, _empty_gradient(inputs, targets, class_alpha)
+
+
+@torch.library.register_fake("retinanet_ext::sigmoid_focal_loss_refresh_grad")
+def _fake_refresh_grad(grad_inputs, was_one, grad, *_arguments):
+    pass
+
+
+def _empty_gradient(inputs: Tensor, targets: Tensor, class_alpha: Tensor | None, may_keep: bool = True) -> Tensor:
+    if may_keep and _keeps_layout(inputs, targets, class_alpha):
         return torch.empty_like(inputs)
     return inputs.new_empty(inputs.shape)
 
@@ -188,6 +206,35 @@ class _FocalLoss(torch.autograd.Function):
         if options.reduction == REDUCTIONS["mean"]:
             loss = loss / _mean_divisor(inputs, targets, options)
         return loss, 0
+
+
+class _TrainingFocalLoss(torch.autograd.Function):
+    """Sum or mean in eager training: the backward pass may find its gradient ready, see `one_pass`."""
+
+    @staticmethod
+    def forward(ctx, inputs, targets, weight, class_alpha, options):
+        ctx.options = options
+        ctx.note = one_pass.note_of("sigmoid_focal_loss", inputs.device)
+        ctx.save_for_backward(inputs, targets, weight, class_alpha)
+        if ctx.note.item():
+            loss, ctx.grad_inputs = _with_grad(inputs, targets, weight, class_alpha, *options)
+        else:
+            loss, ctx.grad_inputs = _forward(inputs, targets, weight, class_alpha, *options, False), None
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets, weight, class_alpha = ctx.saved_tensors
+        if torch.is_grad_enabled() or not one_pass.is_plain(grad):
+            grad_inputs = _FocalLossBackward.apply(grad, logits, targets, weight, class_alpha, ctx.options)
+            return grad_inputs, None, None, None, None
+        # Handed over once: whoever gets it may write to it, and a second backward pass recomputes.
+        grad_inputs, ctx.grad_inputs = ctx.grad_inputs, None
+        filled = grad_inputs is not None
+        if not filled:
+            grad_inputs = _empty_gradient(logits, targets, class_alpha)
+        _refresh_grad(grad_inputs, ctx.note, grad, logits, targets, weight, class_alpha, *ctx.options, filled)
+        return grad_inputs, None, None, None, None
 
 
 def _reject_batched(in_dims, **positions: int) -> None:
@@ -359,4 +406,6 @@ def sigmoid_focal_loss(
     float32_loss = autocast_enabled(inputs)
     if torch.compiler.is_compiling():
         return _forward(inputs, targets, weight, class_alpha, *options, float32_loss)
+    if options.reduction != REDUCTIONS["none"] and one_pass.is_allowed(inputs, targets, weight, class_alpha):
+        return _TrainingFocalLoss.apply(inputs, targets, weight, class_alpha, options)
     return _FocalLoss.apply(inputs, targets, weight, class_alpha, options, float32_loss)

@@ -1,14 +1,172 @@
-"""Focal loss over the levels of a feature pyramid."""
+"""Focal loss over the levels of a feature pyramid: public wrapper, autograd, fake kernels and vmap."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .. import reference
-from ..reference.focal_loss import infer_num_classes
+from .. import _load  # noqa: F401 - registers the operators
+from ..reference.focal_loss import compute_dtype, infer_num_classes
+from . import one_pass
 from .focal_loss import FLOATING, INDICES
+
+_forward = torch.ops.retinanet_ext.multilevel_focal_loss.default
+_backward = torch.ops.retinanet_ext.multilevel_focal_loss_backward.default
+_with_grad = torch.ops.retinanet_ext.multilevel_focal_loss_with_grad.default
+_refresh_grad = torch.ops.retinanet_ext.multilevel_focal_loss_refresh_grad.default
+
+
+class Options(NamedTuple):
+    """The operator's arguments behind its tensors, in schema order."""
+
+    num_classes: int
+    alpha: float
+    gamma: float
+    scale: float  # factor of the loss: 1 / normalizer where that is a number
+
+
+def _empty_gradients(logits: Sequence[Tensor]) -> list[Tensor]:
+    """Laid out as the levels that are channels_last, contiguous otherwise."""
+    return [
+        torch.empty_like(level)
+        if level.dim() == 4 and level.is_contiguous(memory_format=torch.channels_last)
+        else level.new_empty(level.shape)
+        for level in logits
+    ]
+
+
+@torch.library.register_fake("retinanet_ext::multilevel_focal_loss")
+def _fake_forward(logits, targets, normalizer, num_classes, alpha, gamma, scale):
+    return targets.new_empty((), dtype=torch.float32)
+
+
+@torch.library.register_fake("retinanet_ext::multilevel_focal_loss_backward")
+def _fake_backward(grad, logits, targets, normalizer, num_classes, alpha, gamma, scale):
+    return _empty_gradients(logits)
+
+
+@torch.library.register_fake("retinanet_ext::multilevel_focal_loss_with_grad")
+def _fake_with_grad(logits, targets, normalizer, num_classes, alpha, gamma, scale):
+    return targets.new_empty((), dtype=torch.float32), _empty_gradients(logits)
+
+
+@torch.library.register_fake("retinanet_ext::multilevel_focal_loss_refresh_grad")
+def _fake_refresh_grad(*_arguments):
+    pass
+
+
+def _raw_setup_context(ctx, inputs, output):
+    logits, targets, normalizer = inputs[:3]
+    ctx.save_for_backward(targets, normalizer, *logits)
+    ctx.options = inputs[3:]
+
+
+def _raw_backward(ctx, grad):
+    if ctx.needs_input_grad[2]:
+        raise RuntimeError("multilevel_focal_loss: the operator has no gradient for normalizer; detach it")
+    targets, normalizer, *logits = ctx.saved_tensors
+    grads = torch.ops.retinanet_ext.multilevel_focal_loss_backward(grad, logits, targets, normalizer, *ctx.options)
+    return (grads, *(None,) * 6)
+
+
+DOUBLE_BACKWARD = (
+    "multilevel_focal_loss: second derivatives are not implemented. "
+    "retinanet_ext.reference.multilevel_focal_loss, in plain PyTorch, has them."
+)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(DOUBLE_BACKWARD)
+
+
+torch.library.register_autograd("retinanet_ext::multilevel_focal_loss", _raw_backward, setup_context=_raw_setup_context)
+torch.library.register_autograd("retinanet_ext::multilevel_focal_loss_backward", _no_double_backward)
+
+
+def _by_entry(function, info, in_dims, arguments):
+    """`function` of each entry of the vmapped dimension of the tensors in `arguments`."""
+    return [
+        function(
+            *(
+                argument if dim is None else argument.select(dim, entry)
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for entry in range(info.batch_size)
+    ]
+
+
+class _MultilevelBackward(torch.autograd.Function):
+    """The gradients as a Function of its own, so that asking for a second derivative fails loudly."""
+
+    @staticmethod
+    def forward(grad, targets, normalizer, options, *logits):
+        return tuple(_backward(grad, logits, targets, normalizer, *options))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(DOUBLE_BACKWARD)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        entries = _by_entry(_MultilevelBackward.apply, info, in_dims, arguments)
+        return tuple(torch.stack(level) for level in zip(*entries, strict=True)), (0,) * len(entries[0])
+
+
+class _Multilevel(torch.autograd.Function):
+    @staticmethod
+    def forward(targets, normalizer, options, *logits):
+        return _forward(logits, targets, normalizer, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        targets, normalizer, ctx.options, *logits = inputs
+        ctx.save_for_backward(targets, normalizer, *logits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        targets, normalizer, *logits = ctx.saved_tensors
+        return None, None, None, *_MultilevelBackward.apply(grad, targets, normalizer, ctx.options, *logits)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return torch.stack(_by_entry(_Multilevel.apply, info, in_dims, arguments)), 0
+
+
+class _TrainingMultilevel(torch.autograd.Function):
+    """Eager training: the backward pass may find its gradients ready, see `one_pass`."""
+
+    @staticmethod
+    def forward(ctx, targets, normalizer, options, *logits):
+        ctx.options = options
+        ctx.note = one_pass.note_of("multilevel_focal_loss", targets.device)
+        ctx.save_for_backward(targets, normalizer, *logits)
+        if ctx.note.item():
+            loss, ctx.grad_logits = _with_grad(logits, targets, normalizer, *options)
+        else:
+            loss, ctx.grad_logits = _forward(logits, targets, normalizer, *options), None
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        targets, normalizer, *logits = ctx.saved_tensors
+        if torch.is_grad_enabled() or not one_pass.is_plain(grad):
+            return None, None, None, *_MultilevelBackward.apply(grad, targets, normalizer, ctx.options, *logits)
+        # Handed over once: whoever gets them may write to them, and a second backward pass recomputes.
+        grad_logits, ctx.grad_logits = ctx.grad_logits, None
+        filled = grad_logits is not None
+        if not filled:
+            grad_logits = _empty_gradients(logits)
+        _refresh_grad(grad_logits, ctx.note, grad, logits, targets, normalizer, *ctx.options, filled)
+        return None, None, None, *grad_logits
 
 
 def multilevel_focal_loss(
@@ -39,7 +197,20 @@ def multilevel_focal_loss(
     Source: arXiv 1708.02002, equation 5.
     """
     _check_multilevel(logits, targets, alpha, gamma, normalizer)
-    return reference.multilevel_focal_loss(logits, targets, alpha, gamma, normalizer)
+    if targets.dtype != torch.int64 and targets.dtype != torch.int32:
+        targets = targets.long()
+    scale = 1.0
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.detach().to(compute_dtype(logits[0].dtype))
+    elif normalizer is not None:
+        scale = 1.0 / normalizer if normalizer else math.copysign(math.inf, normalizer)
+        normalizer = None
+    options = Options(infer_num_classes(logits, targets.shape[1]), float(alpha), float(gamma), float(scale))
+    if torch.compiler.is_compiling():
+        return _forward(list(logits), targets, normalizer, *options)
+    if one_pass.is_allowed(*logits, targets, normalizer):
+        return _TrainingMultilevel.apply(targets, normalizer, options, *logits)
+    return _Multilevel.apply(targets, normalizer, options, *logits)
 
 
 def _check_multilevel(logits, targets, alpha, gamma, normalizer) -> None:

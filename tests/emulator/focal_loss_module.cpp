@@ -5,50 +5,23 @@
 // The kernels come after the emulator, which stands in for the CUDA headers.
 #include "focal_loss/focal_loss_kernel.cuh"
 
-#include <pybind11/numpy.h>
+#include "device_buffer.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
 #include <optional>
 #include <vector>
 
 namespace py = pybind11;
 using namespace retinanet_ext;
+using emulator::DeviceBuffer;
+using emulator::order_of;
 
 namespace {
 
-// A copy of exactly the array's size, aligned as a CUDA allocation is: one element too far is seen by the sanitizer.
-class DeviceBuffer {
- public:
-  explicit DeviceBuffer(const py::array& array) : DeviceBuffer(static_cast<std::size_t>(array.nbytes())) {
-    std::memcpy(data_, array.data(), size_);
-  }
-  explicit DeviceBuffer(std::size_t size) : size_(size) {
-    if (size > 0 && posix_memalign(&data_, 256, size) != 0) throw std::bad_alloc();
-    if (size > 0) std::memset(data_, emulator::kPoison, size);
-  }
-  ~DeviceBuffer() {
-    std::free(data_);
-  }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-
-  template <typename T>
-  T* as() {
-    return static_cast<T*>(data_);
-  }
-  void copy_to(py::array& array) const {
-    std::memcpy(array.mutable_data(), data_, size_);
-  }
-
- private:
-  void* data_ = nullptr;
-  std::size_t size_;
-};
-
 struct Options {
-  std::string task = "sum";  // loss, sum, mean, gradient
+  std::string task = "sum";  // loss, sum, mean, gradient; sum+gradient, mean+gradient: both in one pass
   double gamma = 2.0;
   double alpha = 0.25;  // negative: no balancing
   double label_smoothing = 0.0;
@@ -57,6 +30,7 @@ struct Options {
   std::optional<py::array_t<float>> weight;
   std::optional<py::array> grad;  // gradient: [1] or [rows, classes]
   bool mean = false;              // gradient of a mean
+  std::optional<py::array> filled;  // gradient: what the result holds for an upstream gradient of 1
   int blocks = 2;
   emulator::Schedule schedule;
 };
@@ -87,9 +61,35 @@ void choose(bool soft, FocalKernelArgs<float>& args, const Options& options) {
   }
 }
 
-// Loss or gradient as an array of the result's storage, or the sum as an array of one float.
+py::array_t<float> finish(const FocalKernelArgs<float>& args, const Options& options) {
+  DeviceBuffer result(sizeof(float));
+  emulator::Machine::get().run(1, kFocalThreads, options.schedule, [&] {
+    focal_finish_kernel<float>(args.block_sums, args.block_ignored, options.blocks, args.mean, args.rows, args.classes,
+                               result.as<float>());
+  });
+  py::array_t<float> output(1);
+  result.copy_to(output);
+  return output;
+}
+
+void count_ignored(FocalKernelArgs<float>& args, const Options& options, DeviceBuffer& count) {
+  *count.as<unsigned long long>() = 0;
+  emulator::Machine::get().run(options.blocks, kFocalThreads, options.schedule, [&] {
+    if (args.wide_targets) {
+      count_ignored_kernel(static_cast<const int64_t*>(args.targets), args.rows, args.ignore_index,
+                           count.as<unsigned long long>());
+    } else {
+      count_ignored_kernel(static_cast<const int32_t*>(args.targets), args.rows, args.ignore_index,
+                           count.as<unsigned long long>());
+    }
+  });
+  args.ignored = count.as<int64_t>();
+}
+
+// A tuple of what the task makes: loss or gradient, as arrays of the result's storage, sum as an array of one float;
+// and for a gradient that may be filled, whether the upstream gradient was 1.
 template <typename In>
-py::array run(const py::array& inputs, const py::array& targets, int classes, bool soft, bool wide_result,
+py::tuple run(const py::array& inputs, const py::array& targets, int classes, bool soft, bool wide_result,
               const Options& options) {
   FocalKernelArgs<float> args = {};
   DeviceBuffer inputs_buffer(inputs);
@@ -111,20 +111,20 @@ py::array run(const py::array& inputs, const py::array& targets, int classes, bo
   if (options.class_alpha) args.class_alpha = class_alpha.emplace(*options.class_alpha).as<float>();
   if (options.weight) args.weight = weight.emplace(*options.weight).as<float>();
 
-  if (options.task == "sum" || options.task == "mean") {
-    DeviceBuffer sums(sizeof(double) * static_cast<std::size_t>(options.blocks));
-    DeviceBuffer ignored(sizeof(int64_t) * static_cast<std::size_t>(options.blocks));
-    DeviceBuffer result(sizeof(float));
+  const bool reduces = options.task.rfind("sum", 0) == 0 || options.task.rfind("mean", 0) == 0;
+  const bool both = reduces && options.task.find("gradient") != std::string::npos;
+  args.mean = reduces ? options.task.rfind("mean", 0) == 0 : options.mean;
+  const bool counts = args.mean && !soft;
+  DeviceBuffer sums(sizeof(double) * static_cast<std::size_t>(options.blocks));
+  DeviceBuffer ignored(sizeof(int64_t) * static_cast<std::size_t>(options.blocks));
+  DeviceBuffer count(sizeof(unsigned long long));
+  if (reduces) {
     args.block_sums = sums.as<double>();
-    args.block_ignored = options.task == "mean" && !soft ? ignored.as<int64_t>() : nullptr;
+    args.block_ignored = counts ? ignored.as<int64_t>() : nullptr;
+  }
+  if (reduces && !both) {
     choose<In, FocalTask::kSum>(soft, args, options);
-    emulator::Machine::get().run(1, kFocalThreads, options.schedule, [&] {
-      focal_finish_kernel<float>(args.block_sums, args.block_ignored, options.blocks, options.task == "mean", args.rows,
-                                 args.classes, result.as<float>());
-    });
-    py::array_t<float> output(1);
-    result.copy_to(output);
-    return output;
+    return py::make_tuple(finish(args, options));
   }
 
   args.wide_result = wide_result;
@@ -134,35 +134,29 @@ py::array run(const py::array& inputs, const py::array& targets, int classes, bo
   args.result = result.as<void>();
   if (options.task == "loss") {
     choose<In, FocalTask::kLoss>(soft, args, options);
-  } else {
-    DeviceBuffer grad(*options.grad);
-    DeviceBuffer count(sizeof(unsigned long long));
-    *count.as<unsigned long long>() = 0;
-    args.grad = grad.as<void>();
-    args.wide_grad = options.grad->itemsize() == sizeof(float) && sizeof(In) != sizeof(float);
-    args.scalar_grad = options.grad->size() == 1;
-    args.mean = options.mean;
-    if (options.mean && !soft) {
-      emulator::Machine::get().run(options.blocks, kFocalThreads, options.schedule, [&] {
-        if (args.wide_targets) {
-          count_ignored_kernel(targets_buffer.as<int64_t>(), args.rows, args.ignore_index, count.as<unsigned long long>());
-        } else {
-          count_ignored_kernel(targets_buffer.as<int32_t>(), args.rows, args.ignore_index, count.as<unsigned long long>());
-        }
-      });
-      args.ignored = count.as<int64_t>();
-    }
-    choose<In, FocalTask::kGradient>(soft, args, options);
+    result.copy_to(output);
+    return py::make_tuple(output);
   }
+  if (counts) count_ignored(args, options, count);
+  if (both) {
+    choose<In, FocalTask::kSumAndGradient>(soft, args, options);
+    result.copy_to(output);
+    return py::make_tuple(finish(args, options), output);
+  }
+  DeviceBuffer grad(*options.grad);
+  args.grad = grad.as<void>();
+  args.wide_grad = options.grad->itemsize() == sizeof(float) && sizeof(In) != sizeof(float);
+  args.scalar_grad = options.grad->size() == 1;
+  DeviceBuffer was_one(sizeof(int32_t));
+  if (options.filled) {
+    std::memcpy(result.as<void>(), options.filled->data(), static_cast<std::size_t>(output.nbytes()));
+    args.filled = true;
+    args.was_one = was_one.as<int32_t>();
+  }
+  choose<In, FocalTask::kGradient>(soft, args, options);
   result.copy_to(output);
-  return output;
-}
-
-emulator::Order order_of(const std::string& name) {
-  if (name == "forward") return emulator::Order::kForward;
-  if (name == "backward") return emulator::Order::kBackward;
-  if (name == "random") return emulator::Order::kRandom;
-  throw std::invalid_argument("order must be forward, backward or random, and is " + name);
+  if (options.filled) return py::make_tuple(output, *was_one.as<int32_t>());
+  return py::make_tuple(output);
 }
 
 }  // namespace
@@ -174,10 +168,11 @@ PYBIND11_MODULE(_focal_loss_emulator, m) {
       [](const std::string& storage, const py::array& inputs, const py::array& targets, int classes, bool soft,
          const std::string& task, double gamma, double alpha, double label_smoothing, long ignore_index,
          std::optional<py::array_t<float>> class_alpha, std::optional<py::array_t<float>> weight,
-         std::optional<py::array> grad, bool mean, bool wide_result, int blocks, const std::string& order, uint64_t seed,
-         int live_blocks) {
-        const Options options{task,   gamma, alpha, label_smoothing, ignore_index, class_alpha,
-                              weight, grad,  mean,  blocks,          {order_of(order), seed, live_blocks}};
+         std::optional<py::array> grad, bool mean, std::optional<py::array> filled, bool wide_result, int blocks,
+         const std::string& order, uint64_t seed, int live_blocks) {
+        const Options options{task,        gamma,  alpha, label_smoothing, ignore_index,
+                              class_alpha, weight, grad,  mean,            filled,
+                              blocks,      {order_of(order), seed, live_blocks}};
         if (storage == "float32") return run<float>(inputs, targets, classes, soft, wide_result, options);
         if (storage == "bfloat16") return run<BFloat16>(inputs, targets, classes, soft, wide_result, options);
         if (storage == "float16") return run<Float16>(inputs, targets, classes, soft, wide_result, options);
@@ -186,7 +181,7 @@ PYBIND11_MODULE(_focal_loss_emulator, m) {
       py::arg("storage"), py::arg("inputs"), py::arg("targets"), py::arg("classes"), py::kw_only(),
       py::arg("soft") = false, py::arg("task") = "sum", py::arg("gamma") = 2.0, py::arg("alpha") = 0.25,
       py::arg("label_smoothing") = 0.0, py::arg("ignore_index") = -2, py::arg("class_alpha") = py::none(),
-      py::arg("weight") = py::none(), py::arg("grad") = py::none(), py::arg("mean") = false,
+      py::arg("weight") = py::none(), py::arg("grad") = py::none(), py::arg("mean") = false, py::arg("filled") = py::none(),
       py::arg("wide_result") = false, py::arg("blocks") = 2, py::arg("order") = "forward", py::arg("seed") = 0,
       py::arg("live_blocks") = 1);
 }

@@ -71,46 +71,46 @@ void define_functions(py::module_& m) {
   m.def("log2", [](Array<T> d, const std::string& isa) {
     return map<T, T>(isa, d, [](T v) INLINE_BODY { return log2_fast(v); });
   });
-  m.def("log2_1p", [](Array<T> e, const std::string& isa) {
-    return map<T, T>(isa, e, [](T v) INLINE_BODY { return log2_1p(v, T(1) + v, reciprocal(T(1) + v)); });
+  m.def("log1p_unit", [](Array<T> u, const std::string& isa) {
+    return map<T, T>(isa, u, [](T v) INLINE_BODY { return log1p_unit(v); });
   });
   m.def("hard_loss_two", [](Array<T> z, const std::string& isa) {
-    return map<T, T>(isa, z, [](T v) INLINE_BODY { return hard_loss<T, Gamma::kTwo>(v, T(2)); });
+    return map<T, T>(isa, z, [](T v) INLINE_BODY { return hard_element<T, Gamma::kTwo>(v, T(2)).loss; });
   });
   m.def("hard_gradient_two", [](Array<T> z, const std::string& isa) {
-    return map<T, T>(isa, z, [](T v) INLINE_BODY { return hard_gradient<T, Gamma::kTwo>(v, T(2)); });
+    return map<T, T>(isa, z, [](T v) INLINE_BODY { return hard_element<T, Gamma::kTwo>(v, T(2)).gradient; });
   });
   m.def("hard_loss", [](Array<T> z, T gamma, const std::string& isa) {
-    return map<T, T>(isa, z, [=](T v) INLINE_BODY { return hard_loss<T, Gamma::kAny>(v, gamma); });
+    return map<T, T>(isa, z, [=](T v) INLINE_BODY { return hard_element<T, Gamma::kAny>(v, gamma).loss; });
   });
   m.def("hard_gradient", [](Array<T> z, T gamma, const std::string& isa) {
-    return map<T, T>(isa, z, [=](T v) INLINE_BODY { return hard_gradient<T, Gamma::kAny>(v, gamma); });
+    return map<T, T>(isa, z, [=](T v) INLINE_BODY { return hard_element<T, Gamma::kAny>(v, gamma).gradient; });
   });
   m.def("smoothed_loss", [](Array<T> z, T gamma, T h, const std::string& isa) {
-    return map<T, T>(isa, z, [=](T v) INLINE_BODY { return smoothed_loss(v, gamma, h); });
+    return map<T, T>(isa, z, [=](T v) INLINE_BODY { return smoothed_element(v, gamma, h).loss; });
   });
   m.def("smoothed_gradient", [](Array<T> z, T gamma, T h, const std::string& isa) {
-    return map<T, T>(isa, z, [=](T v) INLINE_BODY { return smoothed_gradient(v, gamma, h); });
+    return map<T, T>(isa, z, [=](T v) INLINE_BODY { return smoothed_element(v, gamma, h).gradient; });
   });
   // gamma = 2 by the product, anything else by the power. `positive`, `negative`: the two sides of alpha.
   m.def("soft_loss", [](Array<T> x, T target, T gamma, T positive, T negative, bool two, const std::string& isa) {
     if (two) {
       return map<T, T>(isa, x, [=](T v) INLINE_BODY {
-        return soft_loss<T, Gamma::kTwo>(v, target, gamma, positive, negative);
+        return soft_element<T, Gamma::kTwo>(v, target, gamma, positive, negative).loss;
       });
     }
     return map<T, T>(isa, x, [=](T v) INLINE_BODY {
-      return soft_loss<T, Gamma::kAny>(v, target, gamma, positive, negative);
+      return soft_element<T, Gamma::kAny>(v, target, gamma, positive, negative).loss;
     });
   });
   m.def("soft_gradient", [](Array<T> x, T target, T gamma, T positive, T negative, bool two, const std::string& isa) {
     if (two) {
       return map<T, T>(isa, x, [=](T v) INLINE_BODY {
-        return soft_gradient<T, Gamma::kTwo>(v, target, gamma, positive, negative);
+        return soft_element<T, Gamma::kTwo>(v, target, gamma, positive, negative).gradient;
       });
     }
     return map<T, T>(isa, x, [=](T v) INLINE_BODY {
-      return soft_gradient<T, Gamma::kAny>(v, target, gamma, positive, negative);
+      return soft_element<T, Gamma::kAny>(v, target, gamma, positive, negative).gradient;
     });
   });
 }
@@ -118,6 +118,12 @@ void define_functions(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_focal_math, m) {
+  m.def("log1p_ratio_degree6", [](Array<float> u, const std::string& isa) {
+    return map<float, float>(isa, u, [](float v) INLINE_BODY { return log1p_ratio_degree6(v); });
+  });
+  m.def("log1p_ratio_degree7", [](Array<float> u, const std::string& isa) {
+    return map<float, float>(isa, u, [](float v) INLINE_BODY { return log1p_ratio_degree7(v); });
+  });
   m.def("supported", &supported);
   py::module_ single = m.def_submodule("float32");
   py::module_ full = m.def_submodule("float64");

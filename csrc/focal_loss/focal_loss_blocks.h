@@ -1,0 +1,258 @@
+// The focal loss of runs of elements on the CPU, for the operators that walk rows and planes (formulas in
+// common/focal_math.h).
+//
+// A run is processed in blocks that stay in the first-level cache: converted to float where stored as halves, evaluated
+// by a loop that vectorises, written or summed. Everything here is compiled anew for each instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "common/cpu_dispatch.h"
+#include "common/dispatch.h"
+#include "common/focal_math.h"
+#include "common/half_convert.h"
+#include "focal_loss/focal_task.h"
+
+namespace retinanet_ext {
+
+constexpr int64_t kFocalBlock = 512;            // elements evaluated at a time: 2 KiB of float
+constexpr int64_t kFocalChunkElements = 16384;  // elements of a parallel task, about
+constexpr int64_t kSumLanes = 16;               // a block's tree sum ends at this width
+static_assert(kFocalBlock % kSumLanes == 0 && (kFocalBlock & (kFocalBlock - 1)) == 0);
+
+// Rows of one block of memory. T is the compute type, float or double.
+template <typename T>
+struct FocalWork {
+  const void* inputs;
+  ScalarType input_type;
+  int64_t row_stride;  // of inputs; every other tensor has contiguous rows
+  int64_t num_rows;
+  int64_t num_classes;
+  const void* targets;
+  ScalarType target_type;
+  void* result;  // loss or gradient; unused by kSum
+  ScalarType result_type;
+  const void* grad;  // kGradient: the upstream gradient of each element, or null
+  ScalarType grad_type;
+  T grad_scale;  // factor of every element's gradient
+  T gamma;
+  T alpha_positive;
+  T alpha_negative;
+  T half_smoothing;
+  const T* class_alpha_positive;  // [K] or null
+  const T* class_alpha_negative;
+  const T* weight;  // [K] or null
+  int64_t ignore_index;
+};
+
+template <typename T>
+RNX_HD const T* read_block(const void* base, ScalarType type, int64_t offset, int64_t count, T* buffer) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (type == ScalarType::Half) {
+      const Float16* source = static_cast<const Float16*>(base) + offset;
+      for (int64_t i = 0; i < count; ++i) buffer[i] = to_float(source[i]);
+      return buffer;
+    }
+    if (type == ScalarType::BFloat16) {
+      const BFloat16* source = static_cast<const BFloat16*>(base) + offset;
+      for (int64_t i = 0; i < count; ++i) buffer[i] = to_float(source[i]);
+      return buffer;
+    }
+  }
+  return static_cast<const T*>(base) + offset;
+}
+
+// The upstream gradient of a sum or mean: one number, of the inputs' dtype or wider.
+template <typename T>
+T read_scalar(const torch::stable::Tensor& tensor) {
+  T buffer[1];
+  return *read_block(tensor.const_data_ptr(), tensor.scalar_type(), 0, 1, buffer);
+}
+
+template <typename T>
+RNX_HD void write_block(void* base, ScalarType type, int64_t offset, int64_t count, const T* values) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (type == ScalarType::Half) {
+      Float16* target = static_cast<Float16*>(base) + offset;
+      for (int64_t i = 0; i < count; ++i) target[i] = to_float16(values[i]);
+      return;
+    }
+    if (type == ScalarType::BFloat16) {
+      BFloat16* target = static_cast<BFloat16*>(base) + offset;
+      for (int64_t i = 0; i < count; ++i) target[i] = to_bfloat16(values[i]);
+      return;
+    }
+  }
+  T* target = static_cast<T*>(base) + offset;
+  for (int64_t i = 0; i < count; ++i) target[i] = values[i];
+}
+
+// Sum of a full block by halves: vectorises, and its rounding error grows with log2(kFocalBlock).
+template <int64_t kWidth, typename T>
+RNX_HD double tree_sum(T* values) {
+  if constexpr (kWidth > kSumLanes) {
+    constexpr int64_t kHalf = kWidth / 2;
+    for (int64_t i = 0; i < kHalf; ++i) values[i] += values[i + kHalf];
+    return tree_sum<kHalf>(values);
+  } else {
+    double sum = 0;
+    for (int64_t i = 0; i < kWidth; ++i) sum += static_cast<double>(values[i]);
+    return sum;
+  }
+}
+
+// Losses and gradients of a block, before the upstream gradient.
+template <typename T>
+struct FocalBlock {
+  T losses[kFocalBlock];
+  T gradients[kFocalBlock];
+};
+
+// Evaluates `count` elements as background: losses before alpha_negative, gradients with alpha_negative and grad_scale.
+// Where kByColumn they lie in columns `column`, `column` + 1, ... of one row, and losses have their alphas.
+template <FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
+RNX_HD void evaluate_background(const FocalWork<T>& work, const T* x, int64_t count, int64_t column,
+                                FocalBlock<T>& block) {
+  const T gamma = work.gamma;
+  const T h = work.half_smoothing;
+  const T scale = work.alpha_negative * work.grad_scale;
+  if (kByColumn && h != T(0)) {
+    for (int64_t i = 0; i < count; ++i) {
+      const LossAndGradient<T> element = smoothed_element(x[i], gamma, h);
+      if (kTask != FocalTask::kGradient) block.losses[i] = element.loss;
+      if (differentiates(kTask)) block.gradients[i] = element.gradient * scale;
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const LossAndGradient<T> element = hard_element<T, kGamma>(x[i], gamma);
+      if (kTask != FocalTask::kGradient) block.losses[i] = element.loss;
+      if (differentiates(kTask)) block.gradients[i] = element.gradient * scale;
+    }
+  }
+  if (kByColumn && work.class_alpha_negative != nullptr) {
+    const T* by_class = work.class_alpha_negative + column;
+    for (int64_t i = 0; i < count; ++i) {
+      if (kTask != FocalTask::kGradient) block.losses[i] *= by_class[i];
+      if (differentiates(kTask)) block.gradients[i] *= by_class[i];
+    }
+  }
+}
+
+// Adds a block's losses, times `loss_scale`, to `sum`, and writes what is to be written.
+template <FocalTask kTask, typename T>
+RNX_HD void finish_block(const FocalWork<T>& work, FocalBlock<T>& block, int64_t offset, int64_t count, T loss_scale,
+                         double& sum) {
+  if constexpr (sums(kTask)) {
+    for (int64_t i = count; i < kFocalBlock; ++i) block.losses[i] = T(0);
+    sum += static_cast<double>(loss_scale) * tree_sum<kFocalBlock>(block.losses);
+  }
+  if constexpr (kTask == FocalTask::kLoss) {
+    for (int64_t i = 0; i < count; ++i) block.losses[i] *= loss_scale;
+    write_block(work.result, work.result_type, offset, count, block.losses);
+  }
+  if constexpr (differentiates(kTask)) {
+    if (kTask == FocalTask::kGradient && work.grad != nullptr) {
+      T buffer[kFocalBlock];
+      const T* grad = read_block(work.grad, work.grad_type, offset, count, buffer);
+      for (int64_t i = 0; i < count; ++i) block.gradients[i] *= grad[i];
+    }
+    write_block(work.result, work.result_type, offset, count, block.gradients);
+  }
+}
+
+// `count` background elements from `input_offset` on, which lie in columns `column`, `column` + 1, … of one row where
+// kByColumn, and anywhere otherwise.
+template <FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
+RNX_HD void background_run(const FocalWork<T>& work, int64_t input_offset, int64_t offset, int64_t count,
+                           int64_t column, double& sum) {
+  T buffer[kFocalBlock];
+  FocalBlock<T> block;
+  for (int64_t start = 0; start < count; start += kFocalBlock) {
+    const int64_t n = std::min(kFocalBlock, count - start);
+    const T* x = read_block(work.inputs, work.input_type, input_offset + start, n, buffer);
+    evaluate_background<kTask, kGamma, kByColumn>(work, x, n, column + start, block);
+    finish_block<kTask>(work, block, offset + start, n, work.alpha_negative, sum);
+  }
+}
+
+// The one element of a foreground row that is its class.
+template <FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
+RNX_HD void positive_element(const FocalWork<T>& work, int64_t input_offset, int64_t offset, int64_t column,
+                             double& sum) {
+  T buffer[1];
+  const T z = -*read_block(work.inputs, work.input_type, input_offset, 1, buffer);
+  T a = work.alpha_positive;
+  if (kByColumn && work.class_alpha_positive != nullptr) a *= work.class_alpha_positive[column];
+  const T h = work.half_smoothing;
+  const LossAndGradient<T> element = kByColumn && h != T(0) ? smoothed_element(z, work.gamma, h)
+                                                            : hard_element<T, kGamma>(z, work.gamma);
+  if (sums(kTask)) sum += static_cast<double>(a * element.loss);
+  if (kTask == FocalTask::kSum) return;
+  T value[1] = {a * element.loss};
+  if (differentiates(kTask)) {
+    value[0] = element.gradient * (-a * work.grad_scale);
+    if (kTask == FocalTask::kGradient && work.grad != nullptr) {
+      value[0] *= *read_block(work.grad, work.grad_type, offset, 1, buffer);
+    }
+  }
+  write_block(work.result, work.result_type, offset, 1, value);
+}
+
+template <typename T>
+RNX_HD void zero_run(const FocalWork<T>& work, int64_t offset, int64_t count) {
+  const T zeros[kFocalBlock] = {};
+  for (int64_t start = 0; start < count; start += kFocalBlock) {
+    write_block(work.result, work.result_type, offset + start, std::min(kFocalBlock, count - start), zeros);
+  }
+}
+
+template <typename T>
+RNX_HD int64_t row_class(const FocalWork<T>& work, int64_t row) {
+  return work.target_type == ScalarType::Int ? static_cast<const int32_t*>(work.targets)[row]
+                                             : static_cast<const int64_t*>(work.targets)[row];
+}
+
+// Rows [begin, end) against class indices. A factor that belongs to a whole row (its class weight) or to the sum is
+// applied by copying the few numbers of `work` that carry it.
+template <FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
+RNX_HD double index_rows(const FocalWork<T>& work, int64_t begin, int64_t end) {
+  const int64_t k = work.num_classes;
+  const bool packed = work.row_stride == k && !kByColumn;
+  double sum = 0;
+  int64_t row = begin;
+  while (row < end) {
+    const int64_t target = row_class(work, row);
+    if (target == work.ignore_index) {
+      if (kTask != FocalTask::kSum) zero_run(work, row * k, k);
+      ++row;
+    } else if (target < 0 || target >= k) {
+      int64_t last = row + 1;
+      if (packed) {
+        for (; last < end; ++last) {
+          const int64_t next = row_class(work, last);
+          if (next == work.ignore_index || (next >= 0 && next < k)) break;
+        }
+      }
+      background_run<kTask, kGamma, kByColumn>(work, row * work.row_stride, row * k, (last - row) * k, 0, sum);
+      row = last;
+    } else {
+      const int64_t in = row * work.row_stride;
+      const int64_t out = row * k;
+      FocalWork<T> weighted = work;
+      if (work.weight != nullptr) {
+        weighted.alpha_positive *= work.weight[target];
+        weighted.alpha_negative *= work.weight[target];
+      }
+      background_run<kTask, kGamma, kByColumn>(weighted, in, out, target, 0, sum);
+      positive_element<kTask, kGamma, kByColumn>(weighted, in + target, out + target, target, sum);
+      background_run<kTask, kGamma, kByColumn>(weighted, in + target + 1, out + target + 1, k - target - 1, target + 1,
+                                               sum);
+      ++row;
+    }
+  }
+  return sum;
+}
+
+}  // namespace retinanet_ext

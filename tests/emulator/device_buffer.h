@@ -1,0 +1,53 @@
+// NumPy arrays as the emulated device's memory.
+#pragma once
+
+#include <pybind11/numpy.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "cuda_emulator.h"
+
+namespace emulator {
+
+namespace py = pybind11;
+
+// A copy of exactly the array's size, aligned as a CUDA allocation is: one element too far is seen by the sanitizer.
+class DeviceBuffer {
+ public:
+  explicit DeviceBuffer(const py::array& array) : DeviceBuffer(static_cast<std::size_t>(array.nbytes())) {
+    std::memcpy(data_, array.data(), size_);
+  }
+  explicit DeviceBuffer(std::size_t size) : size_(size) {
+    if (size > 0 && posix_memalign(&data_, 256, size) != 0) throw std::bad_alloc();
+    if (size > 0) std::memset(data_, kPoison, size);
+  }
+  ~DeviceBuffer() {
+    std::free(data_);
+  }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+
+  template <typename T>
+  T* as() {
+    return static_cast<T*>(data_);
+  }
+  void copy_to(py::array& array) const {
+    std::memcpy(array.mutable_data(), data_, size_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t size_;
+};
+
+inline Order order_of(const std::string& name) {
+  if (name == "forward") return Order::kForward;
+  if (name == "backward") return Order::kBackward;
+  if (name == "random") return Order::kRandom;
+  throw std::invalid_argument("order must be forward, backward or random, and is " + name);
+}
+
+}  // namespace emulator
