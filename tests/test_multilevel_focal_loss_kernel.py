@@ -1,4 +1,4 @@
-"""The multi-level focal loss's CUDA kernel, run by the emulator: the real kernel code, in several orders of its threads.
+"""The multi-level focal loss's CUDA kernel, run by the emulator: the real code, in several orders of its threads.
 
 RETINANET_EXT_SANITIZE=1, with the sanitizer's runtime preloaded, runs the same under AddressSanitizer and
 UndefinedBehaviorSanitizer: see docs/testing.md.

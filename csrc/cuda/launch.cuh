@@ -32,14 +32,11 @@ class CudaScope {
     return count;
   }
 
-  // Blocks that fill the device once, at most one a tile: the grid of a kernel that walks its tiles. It depends on the
-  // device and the size alone, so that a sum in block order has the same bits on every run.
-  template <typename Kernel>
-  int blocks_for(Kernel kernel, int threads, int64_t tiles) const {
-    int per_multiprocessor = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, 0));
-    const int64_t resident = static_cast<int64_t>(std::max(per_multiprocessor, 1)) * multiprocessors();
-    return static_cast<int>(std::min(tiles, resident));
+  // The grid of a kernel that walks its tiles: `per_multiprocessor` blocks, which its __launch_bounds__ make fit, and at
+  // most one a tile. It depends on the device and the size alone, not on what a kernel's registers happen to allow: a
+  // sum in block order then has the same bits on every run, and in every kernel that sums in the same way.
+  int blocks_for(int per_multiprocessor, int64_t tiles) const {
+    return static_cast<int>(std::min(tiles, static_cast<int64_t>(per_multiprocessor) * multiprocessors()));
   }
 
  private:

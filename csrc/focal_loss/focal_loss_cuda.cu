@@ -17,7 +17,7 @@ int launch_index(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
   args.rows_per_tile = focal_rows_per_tile<In>(args.classes);
   args.tiles = (args.rows + args.rows_per_tile - 1) / args.rows_per_tile;
   const auto kernel = focal_index_kernel<In, kTask, kGamma, kByColumn>;
-  const int blocks = scope.blocks_for(kernel, kFocalThreads, args.tiles);
+  const int blocks = scope.blocks_for(kFocalMinBlocks<In>, args.tiles);
   kernel<<<blocks, kFocalThreads, 0, scope.stream()>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return blocks;
@@ -28,7 +28,7 @@ int launch_soft(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
   constexpr int64_t kTileElements = kFocalVectorsPerThread * kFocalThreads * kVectorWidth<In>;
   args.tiles = (args.rows * args.classes + kTileElements - 1) / kTileElements;
   const auto kernel = focal_soft_kernel<In, kTask, kGamma, kByColumn>;
-  const int blocks = scope.blocks_for(kernel, kFocalThreads, args.tiles);
+  const int blocks = scope.blocks_for(kFocalMinBlocks<In>, args.tiles);
   kernel<<<blocks, kFocalThreads, 0, scope.stream()>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return blocks;

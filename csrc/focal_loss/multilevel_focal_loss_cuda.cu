@@ -56,7 +56,7 @@ void add_level(const MultilevelArgs& args, const FocalLevel& level, void* gradie
 template <typename In, FocalTask kTask, Gamma kGamma>
 int launch(const CudaScope& scope, const MultilevelKernelArgs<compute_t<In>>& args) {
   const auto kernel = multilevel_focal_kernel<In, kTask, kGamma>;
-  const int blocks = scope.blocks_for(kernel, kFocalThreads, args.tiles);
+  const int blocks = scope.blocks_for(kFocalMinBlocks<In>, args.tiles);
   kernel<<<blocks, kFocalThreads, 0, scope.stream()>>>(args);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return blocks;

@@ -92,7 +92,7 @@ def _by_entry(function, info, in_dims, arguments):
     return [
         function(
             *(
-                argument if dim is None else argument.select(dim, entry)
+                argument.select(dim, entry) if isinstance(dim, int) else argument
                 for argument, dim in zip(arguments, in_dims, strict=True)
             )
         )
@@ -121,6 +121,15 @@ class _MultilevelBackward(torch.autograd.Function):
         return tuple(torch.stack(level) for level in zip(*entries, strict=True)), (0,) * len(entries[0])
 
 
+def _gradients(grad, targets, normalizer, options, logits) -> tuple[Tensor, ...]:
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        # torch.autograd.grad(is_grads_batched=True) has no rule for an operator that returns a list.
+        one = torch.ones((), dtype=grad.dtype, device=targets.device)
+        unscaled = _MultilevelBackward.apply(one, targets, normalizer, options, *logits)
+        return tuple((gradient * grad).to(gradient.dtype) for gradient in unscaled)
+    return _MultilevelBackward.apply(grad, targets, normalizer, options, *logits)
+
+
 class _Multilevel(torch.autograd.Function):
     @staticmethod
     def forward(targets, normalizer, options, *logits):
@@ -134,7 +143,7 @@ class _Multilevel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         targets, normalizer, *logits = ctx.saved_tensors
-        return None, None, None, *_MultilevelBackward.apply(grad, targets, normalizer, ctx.options, *logits)
+        return None, None, None, *_gradients(grad, targets, normalizer, ctx.options, logits)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -159,7 +168,7 @@ class _TrainingMultilevel(torch.autograd.Function):
     def backward(ctx, grad):
         targets, normalizer, *logits = ctx.saved_tensors
         if torch.is_grad_enabled() or not one_pass.is_plain(grad):
-            return None, None, None, *_MultilevelBackward.apply(grad, targets, normalizer, ctx.options, *logits)
+            return None, None, None, *_gradients(grad, targets, normalizer, ctx.options, logits)
         # Handed over once: whoever gets them may write to them, and a second backward pass recomputes.
         grad_logits, ctx.grad_logits = ctx.grad_logits, None
         filled = grad_logits is not None
