@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "focal_loss/focal_loss_args.h"
 #include "focal_loss/focal_loss_blocks.h"
 
@@ -158,6 +159,14 @@ double count_elements(const FocalWork<T>& work, bool soft) {
   return static_cast<double>(rows) * static_cast<double>(work.num_classes);
 }
 
+// Where the kernel writes losses or gradients: a new tensor.
+template <typename T>
+void set_result(FocalWork<T>& work, Tensor& result) {
+  work.result = result.mutable_data_ptr();
+  work.result_type = result.scalar_type();
+  prefer_huge_pages(work.result, static_cast<size_t>(result.numel()) * result.element_size());
+}
+
 template <typename T>
 Tensor finish_sum(const FocalLossArgs& args, const FocalWork<T>& work, double sum) {
   if (args.reduction == Reduction::kMean) sum /= count_elements(work, args.soft());
@@ -180,8 +189,7 @@ Tensor forward(const FocalLossArgs& args, bool float32_loss) {
   Tensor loss = keep_layout
                     ? torch::stable::empty_like(args.inputs)
                     : torch::stable::new_empty(args.inputs, args.inputs.sizes(), widen ? ScalarType::Float : type);
-  prepared.work.result = loss.mutable_data_ptr();
-  prepared.work.result_type = loss.scalar_type();
+  set_result(prepared.work, loss);
   run<FocalTask::kLoss>(prepared.work, soft);
   return loss;
 }
@@ -194,8 +202,7 @@ std::tuple<Tensor, Tensor> forward_with_grad(const FocalLossArgs& args) {
   Prepared<T> prepared = prepare<T>(args, keep_layout);
   FocalWork<T>& work = prepared.work;
   Tensor grad_inputs = empty_gradient(args, keep_layout);
-  work.result = grad_inputs.mutable_data_ptr();
-  work.result_type = grad_inputs.scalar_type();
+  set_result(work, grad_inputs);
   if (args.reduction == Reduction::kMean) work.grad_scale = static_cast<T>(1 / count_elements(work, soft));
   const double sum = run<FocalTask::kSumAndGradient>(work, soft);
   return {finish_sum(args, work, sum), grad_inputs};
@@ -218,8 +225,7 @@ void backward_into(const FocalLossArgs& args, const Tensor& grad, bool keep_layo
     work.grad = upstream.const_data_ptr();
     work.grad_type = upstream.scalar_type();
   }
-  work.result = grad_inputs.mutable_data_ptr();
-  work.result_type = grad_inputs.scalar_type();
+  set_result(work, grad_inputs);
   run<FocalTask::kGradient>(work, soft);
 }
 

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "focal_loss/focal_loss_blocks.h"
 #include "focal_loss/multilevel_focal_loss_args.h"
 
@@ -16,6 +17,12 @@ namespace retinanet_ext {
 namespace {
 
 using torch::stable::Tensor;
+
+// A cell whose anchor is not background: its class, or kMultilevelIgnore.
+struct SpecialCell {
+  int64_t cell;
+  int64_t target;
+};
 
 // One image of one level.
 template <typename T>
@@ -25,48 +32,51 @@ struct Job {
   int64_t anchors;
   int64_t cells;
   int64_t first_chunk;
-  double scale;  // of the image's losses
+  int64_t planes_per_chunk;
+  double scale;                               // of the image's losses
+  std::vector<std::vector<SpecialCell>> special;  // planes: [A], by cell
 };
 
-// Cells [first_cell, first_cell + count) of one anchor: their targets are read once and serve all K planes.
-template <FocalTask kTask, Gamma kGamma, typename T>
-RNX_HD double plane_chunk(const Job<T>& job, int64_t anchor, int64_t first_cell, int64_t count) {
-  const FocalWork<T>& work = job.work;
-  int32_t ignored[kFocalBlock];
-  int32_t foreground[kFocalBlock];
-  int64_t classes[kFocalBlock];
-  int64_t num_ignored = 0;
-  int64_t num_foreground = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t target = row_class(work, (first_cell + i) * job.anchors + anchor);
-    if (target == work.ignore_index) {
-      ignored[num_ignored++] = static_cast<int32_t>(i);
-    } else if (target >= 0 && target < work.num_classes) {
-      classes[num_foreground] = target;
-      foreground[num_foreground++] = static_cast<int32_t>(i);
+// The targets of the planes layout are A apart, and each serves K planes: read once, in order, and only what is not
+// background is kept.
+template <typename T>
+void find_special_cells(Job<T>& job) {
+  job.special.resize(job.anchors);
+  for (int64_t row = 0; row < job.work.num_rows; ++row) {
+    const int64_t target = row_class(job.work, row);
+    if (target == job.work.ignore_index || (target >= 0 && target < job.work.num_classes)) {
+      job.special[row % job.anchors].push_back({row / job.anchors, target});
     }
   }
-  double sum = 0;
+}
+
+// One plane: class `k` of one anchor at every cell.
+template <FocalTask kTask, Gamma kGamma, typename T>
+RNX_HD double plane(const Job<T>& job, int64_t anchor, int64_t k) {
+  const FocalWork<T>& work = job.work;
+  const std::vector<SpecialCell>& special = job.special[anchor];
+  const int64_t offset = (anchor * work.num_classes + k) * job.cells;
   T buffer[kFocalBlock];
   FocalBlock<T> block;
-  const int64_t first = anchor * work.num_classes * job.cells + first_cell;
-  const auto clear = [&](int64_t i) __attribute__((always_inline)) {
-    block.losses[i] = T(0);
-    if (differentiates(kTask)) block.gradients[i] = T(0);
-  };
-  for (int64_t k = 0; k < work.num_classes; ++k) {
-    const int64_t offset = first + k * job.cells;
-    const T* x = read_block(work.inputs, work.input_type, offset, count, buffer);
+  double sum = 0;
+  size_t first = 0;
+  for (int64_t start = 0; start < job.cells; start += kFocalBlock) {
+    const int64_t count = std::min(kFocalBlock, job.cells - start);
+    const T* x = read_block(work.inputs, work.input_type, offset + start, count, buffer);
     evaluate_background<kTask, kGamma, false>(work, x, count, 0, block);
-    for (int64_t i = 0; i < num_ignored; ++i) clear(ignored[i]);
-    for (int64_t i = 0; i < num_foreground; ++i) {
-      if (classes[i] == k) clear(foreground[i]);
+    size_t last = first;
+    for (; last < special.size() && special[last].cell < start + count; ++last) {
+      if (special[last].target != k && special[last].target != work.ignore_index) continue;
+      const int64_t i = special[last].cell - start;
+      block.losses[i] = T(0);
+      block.gradients[i] = T(0);
     }
-    finish_block<kTask>(work, block, offset, count, work.alpha_negative, sum);
-  }
-  for (int64_t i = 0; i < num_foreground; ++i) {
-    const int64_t offset = first + classes[i] * job.cells + foreground[i];
-    positive_element<kTask, kGamma, false>(work, offset, offset, classes[i], sum);
+    finish_block<kTask>(work, block, offset + start, count, work.alpha_negative, sum);
+    for (; first < last; ++first) {
+      if (special[first].target != k) continue;
+      const int64_t i = offset + special[first].cell;
+      positive_element<kTask, kGamma, false>(work, i, i, k, sum);
+    }
   }
   return sum;
 }
@@ -90,10 +100,12 @@ struct ChunkBody {
         const int64_t first = index * rows_per_chunk;
         sum = index_rows<kTask, kGamma, false>(job->work, first, std::min(job->work.num_rows, first + rows_per_chunk));
       } else {
-        const int64_t chunks_per_anchor = (job->cells + kFocalBlock - 1) / kFocalBlock;
-        const int64_t first = index % chunks_per_anchor * kFocalBlock;
-        sum = plane_chunk<kTask, kGamma>(*job, index / chunks_per_anchor, first,
-                                         std::min(kFocalBlock, job->cells - first));
+        const int64_t planes = job->anchors * job->work.num_classes;
+        const int64_t begin_plane = index * job->planes_per_chunk;
+        sum = 0;
+        for (int64_t i = begin_plane; i < std::min(planes, begin_plane + job->planes_per_chunk); ++i) {
+          sum += plane<kTask, kGamma>(*job, i / job->work.num_classes, i % job->work.num_classes);
+        }
       }
       if (sums(kTask)) partial_sums[chunk] = sum * job->scale;
     }
@@ -129,6 +141,9 @@ double run(const MultilevelArgs& args, double upstream, std::vector<Tensor>& gra
     const FocalLevel& level = args.levels[l];
     if (level.rows() == 0) continue;
     const size_t size = level.logits.element_size();
+    if (differentiates(kTask)) {
+      prefer_huge_pages(gradients[l].mutable_data_ptr(), static_cast<size_t>(gradients[l].numel()) * size);
+    }
     for (int64_t image = 0; image < args.batch; ++image) {
       Job<T> job{};
       job.layout = level.layout;
@@ -155,13 +170,19 @@ double run(const MultilevelArgs& args, double upstream, std::vector<Tensor>& gra
       work.alpha_positive = static_cast<T>(args.alpha_positive());
       work.alpha_negative = static_cast<T>(args.alpha_negative());
       work.ignore_index = kMultilevelIgnore;
-      jobs.push_back(job);
+      job.planes_per_chunk = std::max<int64_t>(1, kFocalChunkElements / level.cells);
       chunks += level.layout == LevelLayout::kRows
                     ? (level.rows() + rows_per_chunk - 1) / rows_per_chunk
-                    : level.anchors * ((level.cells + kFocalBlock - 1) / kFocalBlock);
+                    : (level.anchors * k + job.planes_per_chunk - 1) / job.planes_per_chunk;
+      jobs.push_back(std::move(job));
     }
   }
   if (chunks == 0) return 0;
+  torch::stable::parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      if (jobs[i].layout == LevelLayout::kPlanes) find_special_cells(jobs[i]);
+    }
+  });
   return args.gamma == 2 ? run_jobs<kTask, Gamma::kTwo>(jobs, chunks, rows_per_chunk)
                          : run_jobs<kTask, Gamma::kAny>(jobs, chunks, rows_per_chunk);
 }
