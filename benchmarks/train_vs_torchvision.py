@@ -6,6 +6,11 @@ Both get ResNet-18 with trainable BatchNorm, the same anchors, the same initial 
 --own-weights), the same loader, order, flips, optimizer and schedule, and are scored by the same code. They
 train an epoch each in turn, the first one alternating, so that whatever else the machine does falls on both
 alike. Seconds a step are medians over the steps; data loading counts for both.
+
+    python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --float64-steps 30
+
+trains both in float64, a step each in turn, and says how far their weights are apart: whether the two trainings are the
+same computation, which rounding hides in float32.
 """
 
 import argparse
@@ -140,6 +145,49 @@ def make_contestants(
     return contestants
 
 
+def compare_in_float64(contestants: list[Contestant], steps: int, device: torch.device) -> dict[str, float]:
+    """Trains both in float64; how far apart losses and weights are, and how far the weights have moved."""
+
+    def in_float64(loader):
+        for _, batch in zip(range(steps), loader, strict=False):
+            images = [image.double() for image in batch.images]
+            targets = [{**target, "boxes": target["boxes"].double()} for target in batch.targets]
+            yield batch._replace(images=images, targets=targets)
+
+    def weights(contestant):
+        return torch.cat([parameter.detach().flatten() for parameter in contestant.model.parameters()])
+
+    runs = []
+    for contestant in contestants:
+        contestant.model.double()
+        contestant.loader.set_epoch(0)
+        runs.append(
+            train_steps(
+                contestant.model,
+                in_float64(contestant.loader),
+                contestant.optimizer,
+                contestant.scheduler,
+                device,
+                clip_grad_norm=contestant.clip_grad_norm,
+            )
+        )
+    start = weights(contestants[0])
+    loss_difference = 0.0
+    taken = 0
+    for ours, theirs in zip(*runs, strict=True):
+        loss_difference = max(loss_difference, abs(ours.total - theirs.total) / theirs.total)
+        taken += 1
+    ours, theirs = (weights(contestant) for contestant in contestants)
+    moved = (ours - start).norm()
+    return {
+        "steps": taken,
+        "largest_relative_difference_of_a_loss": loss_difference,
+        "difference_of_the_weights_over_their_change": float((ours - theirs).norm() / moved),
+        "largest_difference_of_a_weight": float((ours - theirs).abs().max()),
+        "largest_change_of_a_weight": float((ours - start).abs().max()),
+    }
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a VOC folder, or a COCO set, with splits train and val")
@@ -157,6 +205,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--own-weights", action="store_true", help="each model starts from its own random weights")
     parser.add_argument("--channels-last", action="store_true", help="channels_last weights for both")
+    parser.add_argument("--float64-steps", type=int, metavar="N", help="compare N steps in float64 instead")
     parser.add_argument("--output", type=Path, help="also write the json here")
     return parser.parse_args()
 
@@ -171,6 +220,9 @@ def main() -> int:
     steps_per_epoch = max(1, len(train_set) // arguments.batch_size)
     total_steps = arguments.steps or steps_per_epoch * arguments.epochs
     contestants = make_contestants(arguments, train_set, total_steps, device)
+    if arguments.float64_steps:
+        print(json.dumps(compare_in_float64(contestants, arguments.float64_steps, device), indent=2))
+        return 0
     start = time.perf_counter()
     for epoch in range(-(-total_steps // steps_per_epoch)):
         for contestant in contestants if epoch % 2 == 0 else contestants[::-1]:

@@ -275,23 +275,11 @@ def test_one_pass_has_the_bits_of_two(emulator, dtype, reduction, options, rows,
         np.testing.assert_array_equal(gradient.view(np.uint8), expected.view(np.uint8))
 
 
-def test_one_pass_over_soft_targets(emulator):
-    logits, _ = case(203, 7, torch.float32)
-    soft = torch.rand(203, 7)
-    total, gradient = run_all(emulator, logits, soft, soft=True, task="mean+gradient")
-    one = storage(torch.ones(1))
-    np.testing.assert_array_equal(total, run(emulator, logits, soft, soft=True, task="mean"))
-    expected = run(emulator, logits, soft, soft=True, task="gradient", mean=True, grad=one)
-    np.testing.assert_array_equal(gradient, expected)
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_a_gradient_that_is_there_is_left_alone_when_one_comes_from_above(emulator, soft):
+def test_a_gradient_that_is_there_is_left_alone_when_one_comes_from_above(emulator):
     logits, targets = case(203, 7, torch.float32)
-    targets = torch.rand(203, 7) if soft else targets
     filled = np.arange(logits.numel(), dtype=np.float32)
     one, two = storage(torch.ones(1)), storage(torch.full((1,), 2.0))
-    options = {"task": "gradient", "soft": soft}
+    options = {"task": "gradient"}
     for schedule in SCHEDULES:
         left, was_one = run_all(emulator, logits, targets, grad=one, filled=filled, schedule=schedule, **options)
         assert was_one == 1

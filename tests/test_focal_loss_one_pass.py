@@ -66,10 +66,10 @@ def kept_gradients(loss: torch.Tensor) -> list[torch.Tensor] | None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_notes():
-    one_pass._notes.clear()
+def fresh_flags():
+    one_pass._flags.clear()
     yield
-    one_pass._notes.clear()
+    one_pass._flags.clear()
 
 
 @pytest.fixture(params=OPERATORS)
@@ -193,6 +193,61 @@ def test_dtypes_and_reductions_that_keep_two_passes():
         assert Case("multilevel").loss().grad_fn is None
     case = Case("sigmoid")
     assert case.loss(case.leaves[0].detach()).grad_fn is None
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.7, 2.0])
+def test_soft_targets_keep_two_passes(gamma):
+    """Their loss would be rounded otherwise where the gradient is computed with it."""
+    for size in (6, 37):
+        logits = (torch.randn(size, 1) * 6).requires_grad_()
+        targets = torch.rand(size, 1)
+        losses = []
+        for _ in range(3):
+            loss = retinanet_ext.sigmoid_focal_loss(logits, targets, gamma=gamma, reduction="sum")
+            assert kept_gradients(loss) is None
+            (loss / 2).backward()
+            losses.append(loss.detach())
+        assert torch.equal(losses[0], losses[1])
+        assert torch.equal(losses[0], losses[2])
+
+
+def test_a_default_device_is_not_followed(case):
+    with torch.device("meta"):
+        loss = case.loss()
+    assert kept_gradients(loss) is not None
+    case.assert_gradients(torch.autograd.grad(loss, case.leaves))
+
+
+def test_pre_dispatch_tracing_keeps_two_passes(case):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(lambda *leaves: case.loss(*leaves), pre_dispatch=True)(*case.leaves)
+    assert torch.equal(traced(*case.leaves), case.plain()[0])
+
+
+def test_batched_upstream_gradients_of_float16_levels():
+    case = Case("multilevel", torch.float16)
+    for leaf in case.leaves:
+        leaf.data.fill_(-8)
+    case.targets.fill_(-1)
+    upstream = torch.tensor([65536.0, 1.0])
+    batched = torch.autograd.grad(case.loss(), case.leaves, upstream, is_grads_batched=True)
+    for i, value in enumerate(upstream.tolist()):
+        for gradient, expected in zip(batched, case.plain(value)[1], strict=True):
+            torch.testing.assert_close(gradient[i], expected, rtol=2**-10, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 7, 9), (4, 6, 0, 1), (4, 6, 3, 0)], ids=str)
+def test_empty_levels_in_odd_strides(shape):
+    """Whatever torch says of their memory format, forward, backward and fake kernel agree."""
+    whole = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    for level in (whole[::2][:0], whole[:, ::2], whole[:, :2]):
+        leaf = level.detach().requires_grad_()
+        anchors = level.shape[2] * level.shape[3] * level.shape[1]
+        targets = torch.zeros(level.shape[0], anchors, dtype=torch.int64)
+        for _ in range(2):
+            (retinanet_ext.multilevel_focal_loss([leaf], targets) / 2).backward()
+        assert leaf.grad.shape == leaf.shape
 
 
 def test_tensor_subclasses_keep_two_passes(case):
@@ -319,11 +374,13 @@ def test_raw_operators_refuse_what_does_not_fit(case):
         none = (logits[0], case.targets, None, None, 0.25, 2.0, 0.0, -2, 0)
         with pytest.raises(RuntimeError, match=r"reduction must be 1 \(mean\) or 2 \(sum\)"):
             ops.sigmoid_focal_loss_with_grad(*none)
+        with pytest.raises(RuntimeError, match="targets must be class indices, and are float32"):
+            ops.sigmoid_focal_loss_with_grad(logits[0], torch.rand(37, 6), *none[2:-1], 1)
         arguments = (*none[:-1], 1)
         refresh = ops.sigmoid_focal_loss_refresh_grad
         wrong = torch.empty(6, 37).t()
         right = torch.empty_like(logits[0])
-        message = "grad_inputs must be laid out as inputs"
+        message = "grad_inputs must be contiguous"
     else:
         arguments = (logits, case.targets, case.normalizer, 6, 0.25, 2.0, 1.0)
         refresh = ops.multilevel_focal_loss_refresh_grad

@@ -213,6 +213,28 @@ def test_one_class_and_one_anchor():
     torch.testing.assert_close(multilevel_focal_loss(levels, targets), expected, rtol=1e-6, atol=0)
 
 
+def test_no_class_is_no_loss():
+    for levels in ([torch.randn(2, 12, 0)], [torch.randn(2, 0, 3, 4)]):
+        loss, grads = gradients(multilevel_focal_loss, levels, torch.zeros(2, 12, dtype=torch.int64))
+        assert loss == 0
+        assert [grad.shape for grad in grads] == [level.shape for level in levels]
+
+
+@pytest.mark.parametrize("normalizer", [0.0, torch.tensor(0.0), torch.zeros(1)], ids=str)
+def test_a_normalizer_of_zero_is_infinite_even_where_most_losses_vanish(normalizer):
+    logits = torch.full((1, 40_000, 1), -200.0)
+    logits[0, 0] = 1
+    targets = torch.full((1, 40_000), -1)
+    assert multilevel_focal_loss([logits], targets, normalizer=normalizer) == math.inf
+
+
+def test_a_gamma_beyond_float32():
+    logits = torch.tensor([[[200.0]]])
+    loss = multilevel_focal_loss([logits], torch.tensor([[-1]]), alpha=-1, gamma=1e39)
+    assert loss == 200
+    assert sigmoid_focal_loss(logits[0], torch.tensor([-1]), -1, 1e39, "sum") == 200
+
+
 def test_under_compile_and_autocast():
     levels, targets = head_outputs("mixed")
     normalizer = torch.tensor([2.0, 9.0])
@@ -297,6 +319,14 @@ def test_a_mistake_is_a_value_error_that_names_it(name):
     arguments, message = MISTAKES[name]
     with pytest.raises(ValueError, match=re.escape(f"multilevel_focal_loss: {message}")):
         multilevel_focal_loss(*arguments)
+
+
+def test_a_normalizer_elsewhere_or_of_another_kind():
+    normalizer = torch.ones(2, device="meta")
+    with pytest.raises(ValueError, match="normalizer must be on the device of logits, cpu, and is on meta"):
+        multilevel_focal_loss(LEVELS, TARGETS, normalizer=normalizer)
+    with pytest.raises(TypeError, match="normalizer must be a number or a tensor, and is str"):
+        multilevel_focal_loss(LEVELS, TARGETS, normalizer="a")
 
 
 def test_what_is_no_tensor():

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <type_traits>
+#include <limits>
 
 #include "checks.h"
 
@@ -46,14 +46,11 @@ inline const char* type_name(ScalarType type) {
   }
 }
 
-// Calls f(std::integral_constant<bool, value>{}): a run-time flag as a template argument.
-template <typename F>
-void with_flag(bool value, F&& f) {
-  if (value) {
-    f(std::true_type{});
-  } else {
-    f(std::false_type{});
-  }
+// A finite value as T, the largest finite one where it is beyond.
+template <typename T>
+T finite_cast(double value) {
+  constexpr double kLargest = static_cast<double>(std::numeric_limits<T>::max());
+  return static_cast<T>(value > kLargest ? kLargest : value);
 }
 
 }  // namespace retinanet_ext

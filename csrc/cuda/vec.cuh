@@ -122,13 +122,10 @@ RNX_HD uint32_t pack_word(float low, float high, Float16) {
 template <typename S>
 RNX_HD void unpack(const Vec<S>& vector, compute_t<S> (&values)[kVectorWidth<S>]) {
   if constexpr (sizeof(S) == 2) {
-#pragma unroll
     for (int i = 0; i < 4; ++i) unpack_word<S>(vector.words[i], values[2 * i], values[2 * i + 1]);
   } else if constexpr (sizeof(S) == 4) {
-#pragma unroll
     for (int i = 0; i < 4; ++i) values[i] = bit_cast<float>(vector.words[i]);
   } else {
-#pragma unroll
     for (int i = 0; i < 2; ++i) {
       values[i] = bit_cast<double>(vector.words[2 * i] | static_cast<uint64_t>(vector.words[2 * i + 1]) << 32);
     }
@@ -139,13 +136,10 @@ template <typename S>
 RNX_HD Vec<S> pack(const compute_t<S> (&values)[kVectorWidth<S>]) {
   Vec<S> vector;
   if constexpr (sizeof(S) == 2) {
-#pragma unroll
     for (int i = 0; i < 4; ++i) vector.words[i] = pack_word(values[2 * i], values[2 * i + 1], S{});
   } else if constexpr (sizeof(S) == 4) {
-#pragma unroll
     for (int i = 0; i < 4; ++i) vector.words[i] = bit_cast<uint32_t>(values[i]);
   } else {
-#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint64_t bits = bit_cast<uint64_t>(values[i]);
       vector.words[2 * i] = static_cast<uint32_t>(bits);

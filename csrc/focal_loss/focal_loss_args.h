@@ -160,16 +160,16 @@ inline bool is_expanded_scalar(const torch::stable::Tensor& tensor) {
 }
 
 // The upstream gradient has the shape of the loss, and its dtype is that of inputs or the compute dtype.
-inline void check_grad(const FocalLossArgs& args, const torch::stable::Tensor& grad) {
+inline void check_grad(const FocalLossArgs& args, const torch::stable::Tensor& grad, const char* op) {
   const ScalarType type = args.inputs.scalar_type();
   require(grad.scalar_type() == type || grad.scalar_type() == compute_type(type),
-          "sigmoid_focal_loss_backward: grad of ", type_name(type), " inputs must be of the same dtype or ",
+          op, ": grad of ", type_name(type), " inputs must be of the same dtype or ",
           type_name(compute_type(type)), ", and is ", type_name(grad.scalar_type()));
-  require(grad.device() == args.inputs.device(), "sigmoid_focal_loss_backward: grad and inputs must be on one device");
+  require(grad.device() == args.inputs.device(), op, ": grad and inputs must be on one device");
   const bool shaped = args.reduction == Reduction::kNone
                           ? grad.dim() == args.inputs.dim() && same_sizes(args.inputs, grad, grad.dim())
                           : grad.dim() == 0;
-  require(shaped, "sigmoid_focal_loss_backward: grad must have the shape of the loss, and has shape ",
+  require(shaped, op, ": grad must have the shape of the loss, and has shape ",
           shape_text(grad), " for inputs ", shape_text(args.inputs));
 }
 
@@ -184,8 +184,11 @@ inline bool is_scalar_grad(const FocalLossArgs& args, const torch::stable::Tenso
   return args.reduction != Reduction::kNone || (grad.numel() > 0 && is_expanded_scalar(grad));
 }
 
-inline void check_reduced(const FocalLossArgs& args, const char* op) {
+// What the operators of one-pass training take: a sum or mean over class indices. (Over soft targets a compiler may round
+// the loss otherwise where it computes the gradient too.)
+inline void check_one_pass(const FocalLossArgs& args, const char* op) {
   require(args.reduction != Reduction::kNone, op, ": reduction must be 1 (mean) or 2 (sum), and is 0 (none)");
+  require(!args.soft(), op, ": targets must be class indices, and are ", type_name(args.targets.scalar_type()));
 }
 
 // `was_one` is where a backward pass notes whether its upstream gradient was 1: memory the host can read at any time.
@@ -197,15 +200,13 @@ inline void check_was_one(const torch::stable::Tensor& was_one, const char* op) 
 inline void check_refresh(const FocalLossArgs& args, const torch::stable::Tensor& grad,
                           const torch::stable::Tensor& grad_inputs, const torch::stable::Tensor& was_one) {
   constexpr const char* kOp = "sigmoid_focal_loss_refresh_grad";
-  check_reduced(args, kOp);
-  check_grad(args, grad);
+  check_one_pass(args, kOp);
+  check_grad(args, grad, kOp);
   check_was_one(was_one, kOp);
   require(grad_inputs.scalar_type() == args.inputs.scalar_type() && grad_inputs.device() == args.inputs.device() &&
-              grad_inputs.dim() == args.inputs.dim() && same_sizes(grad_inputs, args.inputs, args.inputs.dim()),
-          kOp, ": grad_inputs must have the shape, dtype and device of inputs");
-  require(share_one_layout(args, args.inputs) ? same_strides(grad_inputs, args.inputs) : grad_inputs.is_contiguous(),
-          kOp, ": grad_inputs must be laid out as inputs where these share a layout with soft targets, and be contiguous "
-          "otherwise");
+              grad_inputs.dim() == args.inputs.dim() && same_sizes(grad_inputs, args.inputs, args.inputs.dim()) &&
+              grad_inputs.is_contiguous(),
+          kOp, ": grad_inputs must be contiguous and have the shape, dtype and device of inputs");
 }
 
 inline torch::stable::Tensor empty_scalar(const torch::stable::Tensor& like, ScalarType type) {

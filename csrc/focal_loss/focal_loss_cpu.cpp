@@ -84,22 +84,25 @@ double run_chunks(const FocalWork<T>& work) {
   return sum;
 }
 
+// Smoothing and alpha by class take the general path, where gamma is general too; so there are three of each task.
+template <FocalTask kTask, bool kSoft, typename T>
+double run_form(const FocalWork<T>& work) {
+  if (work.num_rows == 0) return 0;
+  if (work.class_alpha_negative != nullptr || work.half_smoothing != T(0)) {
+    return run_chunks<kTask, Gamma::kAny, true, kSoft>(work);
+  }
+  return work.gamma == T(2) ? run_chunks<kTask, Gamma::kTwo, false, kSoft>(work)
+                            : run_chunks<kTask, Gamma::kAny, false, kSoft>(work);
+}
+
+template <FocalTask kTask, typename T>
+double run_indices(const FocalWork<T>& work) {
+  return run_form<kTask, false>(work);
+}
+
 template <FocalTask kTask, typename T>
 double run(const FocalWork<T>& work, bool soft) {
-  if (work.num_rows == 0) return 0;
-  // Smoothing and alpha by class take the general path, where gamma is general too; so there are three of each task.
-  const bool by_column = work.class_alpha_negative != nullptr || work.half_smoothing != T(0);
-  double sum = 0;
-  with_flag(soft, [&](auto is_soft) {
-    if (by_column) {
-      sum = run_chunks<kTask, Gamma::kAny, true, is_soft.value>(work);
-    } else if (work.gamma == T(2)) {
-      sum = run_chunks<kTask, Gamma::kTwo, false, is_soft.value>(work);
-    } else {
-      sum = run_chunks<kTask, Gamma::kAny, false, is_soft.value>(work);
-    }
-  });
-  return sum;
+  return soft ? run_form<kTask, true>(work) : run_form<kTask, false>(work);
 }
 
 // The operator's tensors, in a layout the kernel reads, and what of the work follows from them.
@@ -129,7 +132,7 @@ Prepared<T> prepare(const FocalLossArgs& args, bool keep_layout) {
   work.targets = prepared.targets.const_data_ptr();
   work.target_type = prepared.targets.scalar_type();
   work.grad_scale = T(1);
-  work.gamma = static_cast<T>(args.gamma);
+  work.gamma = finite_cast<T>(args.gamma);
   work.alpha_positive = args.balanced() && !args.class_alpha ? static_cast<T>(args.alpha) : T(1);
   work.alpha_negative = args.balanced() && !args.class_alpha ? static_cast<T>(1 - args.alpha) : T(1);
   work.half_smoothing = static_cast<T>(args.label_smoothing / 2);
@@ -159,7 +162,7 @@ double count_elements(const FocalWork<T>& work, bool soft) {
   return static_cast<double>(rows) * static_cast<double>(work.num_classes);
 }
 
-// Where the kernel writes losses or gradients: a new tensor.
+// Where the kernel writes losses or gradients.
 template <typename T>
 void set_result(FocalWork<T>& work, Tensor& result) {
   work.result = result.mutable_data_ptr();
@@ -197,14 +200,12 @@ Tensor forward(const FocalLossArgs& args, bool float32_loss) {
 // Sum or mean and its gradient in one pass.
 template <typename T>
 std::tuple<Tensor, Tensor> forward_with_grad(const FocalLossArgs& args) {
-  const bool soft = args.soft();
-  const bool keep_layout = share_one_layout(args, args.inputs);
-  Prepared<T> prepared = prepare<T>(args, keep_layout);
+  Prepared<T> prepared = prepare<T>(args, false);
   FocalWork<T>& work = prepared.work;
-  Tensor grad_inputs = empty_gradient(args, keep_layout);
+  Tensor grad_inputs = empty_gradient(args, false);
   set_result(work, grad_inputs);
-  if (args.reduction == Reduction::kMean) work.grad_scale = static_cast<T>(1 / count_elements(work, soft));
-  const double sum = run<FocalTask::kSumAndGradient>(work, soft);
+  if (args.reduction == Reduction::kMean) work.grad_scale = static_cast<T>(1 / count_elements(work, false));
+  const double sum = run_indices<FocalTask::kSumAndGradient>(work);
   return {finish_sum(args, work, sum), grad_inputs};
 }
 
@@ -243,7 +244,7 @@ void refresh_gradient(const FocalLossArgs& args, const Tensor& grad, Tensor& gra
   const bool is_one = read_scalar<T>(grad) == T(1);
   *static_cast<int32_t*>(was_one.mutable_data_ptr()) = is_one;
   if ((filled && is_one) || args.inputs.numel() == 0) return;
-  backward_into<T>(args, grad, share_one_layout(args, args.inputs), grad_inputs);
+  backward_into<T>(args, grad, false, grad_inputs);
 }
 
 Tensor sigmoid_focal_loss_cpu(const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& weight,
@@ -261,7 +262,7 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad, const Tensor& inputs,
                                        int64_t reduction) {
   const FocalLossArgs args = make_focal_loss_args(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing,
                                                   ignore_index, reduction);
-  check_grad(args, grad);
+  check_grad(args, grad, "sigmoid_focal_loss_backward");
   return inputs.scalar_type() == ScalarType::Double ? backward<double>(args, grad) : backward<float>(args, grad);
 }
 
@@ -272,7 +273,7 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_with_grad_cpu(const Tensor& inputs
                                                             int64_t reduction) {
   const FocalLossArgs args = make_focal_loss_args(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing,
                                                   ignore_index, reduction);
-  check_reduced(args, "sigmoid_focal_loss_with_grad");
+  check_one_pass(args, "sigmoid_focal_loss_with_grad");
   return inputs.scalar_type() == ScalarType::Double ? forward_with_grad<double>(args) : forward_with_grad<float>(args);
 }
 

@@ -12,6 +12,11 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxTileElements = 1 << 30;  // tile-relative offsets are 32-bit
 
+template <typename T>
+bool is_by_column(const FocalKernelArgs<T>& args) {
+  return args.class_alpha != nullptr || args.half_smoothing != T(0);
+}
+
 template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
 int launch_index(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
   args.rows_per_tile = focal_rows_per_tile<In>(args.classes);
@@ -37,21 +42,26 @@ int launch_soft(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
 // Chooses the kernel: float64 has one general variant; others one for gamma = 2, one for any gamma, and one for
 // smoothing or alpha by class. Returns the number of blocks launched.
 template <typename In, FocalTask kTask>
+int launch_index(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
+  if (is_by_column(args)) return launch_index<In, kTask, Gamma::kAny, true>(scope, args);
+  if constexpr (sizeof(compute_t<In>) == sizeof(float)) {
+    if (args.gamma == 2) return launch_index<In, kTask, Gamma::kTwo, false>(scope, args);
+  }
+  return launch_index<In, kTask, Gamma::kAny, false>(scope, args);
+}
+
+template <typename In, FocalTask kTask>
+int launch_soft(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args) {
+  if (is_by_column(args)) return launch_soft<In, kTask, Gamma::kAny, true>(scope, args);
+  if constexpr (sizeof(compute_t<In>) == sizeof(float)) {
+    if (args.gamma == 2) return launch_soft<In, kTask, Gamma::kTwo, false>(scope, args);
+  }
+  return launch_soft<In, kTask, Gamma::kAny, false>(scope, args);
+}
+
+template <typename In, FocalTask kTask>
 int launch(const CudaScope& scope, FocalKernelArgs<compute_t<In>>& args, bool soft) {
-  using T = compute_t<In>;
-  const bool by_column = args.class_alpha != nullptr || args.half_smoothing != T(0);
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (!by_column && args.gamma == T(2)) {
-      return soft ? launch_soft<In, kTask, Gamma::kTwo, false>(scope, args)
-                  : launch_index<In, kTask, Gamma::kTwo, false>(scope, args);
-    }
-  }
-  if (!by_column) {
-    return soft ? launch_soft<In, kTask, Gamma::kAny, false>(scope, args)
-                : launch_index<In, kTask, Gamma::kAny, false>(scope, args);
-  }
-  return soft ? launch_soft<In, kTask, Gamma::kAny, true>(scope, args)
-              : launch_index<In, kTask, Gamma::kAny, true>(scope, args);
+  return soft ? launch_soft<In, kTask>(scope, args) : launch_index<In, kTask>(scope, args);
 }
 
 // A tensor the vector loads can read: contiguous from a 16-byte boundary on.
@@ -87,7 +97,7 @@ FocalKernelArgs<T> kernel_args(const FocalLossArgs& args, const Prepared& prepar
   kernel.wide_targets = args.soft() ? target_type != type : target_type == ScalarType::Long;
   kernel.rows = args.num_rows();
   kernel.classes = static_cast<int>(args.num_classes());
-  kernel.gamma = static_cast<T>(args.gamma);
+  kernel.gamma = finite_cast<T>(args.gamma);
   const bool balanced = args.balanced() && !args.class_alpha.has_value();
   kernel.alpha_positive = balanced ? static_cast<T>(args.alpha) : T(1);
   kernel.alpha_negative = balanced ? static_cast<T>(1 - args.alpha) : T(1);
@@ -190,19 +200,18 @@ template <typename In>
 std::tuple<Tensor, Tensor> forward_with_grad(const FocalLossArgs& args) {
   using T = compute_t<In>;
   const CudaScope scope(args.inputs);
-  const bool keep_layout = share_one_layout(args, args.inputs);
-  Tensor grad_inputs = empty_gradient(args, keep_layout);
+  Tensor grad_inputs = empty_gradient(args, false);
   SumWorkspace workspace(scope, args);
   int blocks = 0;
   if (args.inputs.numel() > 0) {
-    const Prepared prepared = prepare_tensors(args, keep_layout);
+    const Prepared prepared = prepare_tensors(args, false);
     FocalKernelArgs<T> kernel = kernel_args<T>(args, prepared);
     std::optional<Tensor> ignored;
     set_ignored(scope, args, prepared, kernel, ignored);
     kernel.block_sums = workspace.sums();
     kernel.block_ignored = workspace.ignored(args);
     kernel.result = grad_inputs.mutable_data_ptr();
-    blocks = launch<In, FocalTask::kSumAndGradient>(scope, kernel, args.soft());
+    blocks = launch_index<In, FocalTask::kSumAndGradient>(scope, kernel);
   }
   return {finish_sum<T>(scope, args, workspace, blocks), grad_inputs};
 }
@@ -255,7 +264,7 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad, const Tensor& inputs
                                         int64_t reduction) {
   const FocalLossArgs args = make_focal_loss_args(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing,
                                                   ignore_index, reduction);
-  check_grad(args, grad);
+  check_grad(args, grad, "sigmoid_focal_loss_backward");
   return with_storage_type(inputs.scalar_type(), [&](auto storage) { return backward<decltype(storage)>(args, grad); });
 }
 
@@ -266,7 +275,7 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_with_grad_cuda(const Tensor& input
                                                              int64_t reduction) {
   const FocalLossArgs args = make_focal_loss_args(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing,
                                                   ignore_index, reduction);
-  check_reduced(args, "sigmoid_focal_loss_with_grad");
+  check_one_pass(args, "sigmoid_focal_loss_with_grad");
   return with_storage_type(inputs.scalar_type(),
                            [&](auto storage) { return forward_with_grad<decltype(storage)>(args); });
 }
@@ -278,11 +287,13 @@ void sigmoid_focal_loss_refresh_grad_cuda(Tensor grad_inputs, Tensor was_one, co
   const FocalLossArgs args = make_focal_loss_args(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing,
                                                   ignore_index, reduction);
   check_refresh(args, grad, grad_inputs, was_one);
+  require(is_vector_aligned(grad_inputs.const_data_ptr()),
+          "sigmoid_focal_loss_refresh_grad: grad_inputs must begin on a 16-byte boundary");
   if (inputs.numel() == 0) return;
   with_storage_type(inputs.scalar_type(), [&](auto storage) {
     const CudaScope scope(args.inputs);
-    backward_into<decltype(storage)>(scope, args, grad, share_one_layout(args, args.inputs), grad_inputs,
-                                     host_memory_on_device(was_one), filled);
+    backward_into<decltype(storage)>(scope, args, grad, false, grad_inputs,
+                                     host_memory_on_device(was_one, "sigmoid_focal_loss_refresh_grad"), filled);
   });
 }
 

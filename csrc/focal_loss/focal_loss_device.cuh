@@ -13,8 +13,9 @@ namespace retinanet_ext {
 constexpr int kFocalThreads = 256;
 constexpr int kFocalVectorsPerThread = 4;
 // Resident blocks a multiprocessor: 64 registers a thread; float64, which is not built for speed, takes 128.
+constexpr int kFocalMaxBlocks = 4;
 template <typename In>
-constexpr int kFocalMinBlocks = sizeof(In) == sizeof(double) ? 2 : 4;
+constexpr int kFocalMinBlocks = sizeof(In) == sizeof(double) ? kFocalMaxBlocks / 2 : kFocalMaxBlocks;
 constexpr int kWarpSize = 32;
 constexpr int kFocalWarps = kFocalThreads / kWarpSize;
 static_assert(kFocalThreads % kWarpSize == 0 && kFocalWarps <= kWarpSize);
@@ -26,14 +27,6 @@ int focal_rows_per_tile(int classes) {
   constexpr int kTileElements = kFocalVectorsPerThread * kFocalThreads * kWidth;
   const int rows = kTileElements / classes / kWidth * kWidth;
   return rows > kWidth ? rows : kWidth;
-}
-
-// Stands for an element that is not there: as background its loss is exactly 0.
-template <typename In>
-__device__ __forceinline__ In absent_logit() {
-  In logit;
-  store_value(-static_cast<compute_t<In>>(INFINITY), logit);
-  return logit;
 }
 
 // The elements of one vector.

@@ -272,7 +272,6 @@ __global__ void __launch_bounds__(kFocalThreads, kFocalMinBlocks<In>)
   constexpr int kWidth = kVectorWidth<In>;
   RNX_SHARED(double, shared, kFocalWarps);
   const int64_t total = args.rows * args.classes;
-  if (is_done<In, kTask>(args)) return;
   const T upstream = common_grad<In, kTask>(args);
   T sum = T(0);
   for (int64_t tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {

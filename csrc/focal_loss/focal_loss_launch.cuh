@@ -8,10 +8,9 @@
 
 namespace retinanet_ext {
 
-// Grids never exceed this; the sum's workspace is sized by it before the grid is known.
+// Grids never exceed this; the sum's workspace is sized by it.
 inline int64_t max_blocks(const CudaScope& scope) {
-  constexpr int kMaxResidentThreads = 2048;
-  return static_cast<int64_t>(scope.multiprocessors()) * (kMaxResidentThreads / kFocalThreads);
+  return static_cast<int64_t>(scope.multiprocessors()) * kFocalMaxBlocks;
 }
 
 // Calls f with a value of the storage type of `type`.
@@ -30,12 +29,12 @@ auto with_storage_type(ScalarType type, F&& f) {
 }
 
 // The device's address of one int32 in pinned host memory: a kernel can write what the host reads without waiting.
-inline int32_t* host_memory_on_device(const torch::stable::Tensor& tensor) {
+inline int32_t* host_memory_on_device(const torch::stable::Tensor& tensor, const char* op) {
   void* address = nullptr;
   const cudaError_t error = cudaHostGetDevicePointer(&address, tensor.mutable_data_ptr(), 0);
   if (error != cudaSuccess) {
     cudaGetLastError();  // an error of this call alone; it must not come up again after the next launch
-    fail("was_one must be pinned host memory: ", cudaGetErrorString(error));
+    fail(op, ": was_one must be pinned host memory: ", cudaGetErrorString(error));
   }
   return static_cast<int32_t*>(address);
 }

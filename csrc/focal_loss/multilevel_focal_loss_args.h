@@ -1,5 +1,5 @@
-// What the CPU and the CUDA operator of the multi-level focal loss agree on: argument checks, and how each level lies in
-// memory.
+// What the CPU and the CUDA operator of the multi-level focal loss agree on: argument checks, and how each level lies
+// in memory.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -77,7 +77,8 @@ inline FocalLevel describe_level(const torch::stable::Tensor& logits, int64_t nu
     const int64_t width = logits.size(3);
     level.anchors = channels / num_classes;
     level.cells = logits.size(2) * width;
-    level.channels_last = strides_are(logits, 0, {channels * level.cells, 1, width * channels, channels});
+    level.channels_last =
+        logits.numel() > 0 && strides_are(logits, 0, {channels * level.cells, 1, width * channels, channels});
     if (!level.channels_last) {
       level.layout = LevelLayout::kPlanes;
       if (!strides_are(logits, 1, {level.cells, width, 1})) level.logits = torch::stable::contiguous(logits);
@@ -142,9 +143,9 @@ inline std::vector<torch::stable::Tensor> empty_gradients(const std::vector<torc
   return gradients;
 }
 
-inline void check_multilevel_grad(const MultilevelArgs& args, const torch::stable::Tensor& grad) {
-  require(grad.dim() == 0 && grad.scalar_type() == ScalarType::Float && grad.device() == args.targets.device(),
-          "multilevel_focal_loss_backward: grad must be a float32 scalar on the device of logits");
+inline void check_multilevel_grad(const MultilevelArgs& args, const torch::stable::Tensor& grad, const char* op) {
+  require(grad.dim() == 0 && grad.scalar_type() == ScalarType::Float && grad.device() == args.targets.device(), op,
+          ": grad must be a float32 scalar on the device of logits");
 }
 
 inline void check_multilevel_refresh(const MultilevelArgs& args, const torch::stable::Tensor& grad,
@@ -152,7 +153,7 @@ inline void check_multilevel_refresh(const MultilevelArgs& args, const torch::st
                                      const std::vector<torch::stable::Tensor>& gradients,
                                      const torch::stable::Tensor& was_one) {
   constexpr const char* kOp = "multilevel_focal_loss_refresh_grad";
-  check_multilevel_grad(args, grad);
+  check_multilevel_grad(args, grad, kOp);
   check_was_one(was_one, kOp);
   require(gradients.size() == logits.size(), kOp, ": grad_logits must hold one tensor a level");
   for (size_t i = 0; i < logits.size(); ++i) {

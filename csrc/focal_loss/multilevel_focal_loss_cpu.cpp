@@ -18,7 +18,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-// A cell whose anchor is not background: its class, or kMultilevelIgnore.
+// A cell whose anchor is foreground, or ignored: its class, or kMultilevelIgnore.
 struct SpecialCell {
   int64_t cell;
   int64_t target;
@@ -26,42 +26,49 @@ struct SpecialCell {
 
 // One image of one level.
 template <typename T>
-struct Job {
+struct LevelImage {
   FocalWork<T> work;
+  int64_t image;
   LevelLayout layout;
   int64_t anchors;
   int64_t cells;
+  int64_t units_per_chunk;  // rows, or planes
   int64_t first_chunk;
-  int64_t planes_per_chunk;
-  double scale;                               // of the image's losses
-  std::vector<std::vector<SpecialCell>> special;  // planes: [A], by cell
+  std::vector<std::vector<SpecialCell>> special;  // planes: [A], each in order
+
+  int64_t units() const {
+    return layout == LevelLayout::kRows ? work.num_rows : anchors * work.num_classes;
+  }
+  int64_t chunks() const {
+    return (units() + units_per_chunk - 1) / units_per_chunk;
+  }
 };
 
 // The targets of the planes layout are A apart, and each serves K planes: read once, in order, and only what is not
 // background is kept.
 template <typename T>
-void find_special_cells(Job<T>& job) {
-  job.special.resize(job.anchors);
-  for (int64_t row = 0; row < job.work.num_rows; ++row) {
-    const int64_t target = row_class(job.work, row);
-    if (target == job.work.ignore_index || (target >= 0 && target < job.work.num_classes)) {
-      job.special[row % job.anchors].push_back({row / job.anchors, target});
+void find_special_cells(LevelImage<T>& part) {
+  part.special.resize(part.anchors);
+  for (int64_t row = 0; row < part.work.num_rows; ++row) {
+    const int64_t target = row_class(part.work, row);
+    if (target == part.work.ignore_index || (target >= 0 && target < part.work.num_classes)) {
+      part.special[row % part.anchors].push_back({row / part.anchors, target});
     }
   }
 }
 
 // One plane: class `k` of one anchor at every cell.
 template <FocalTask kTask, Gamma kGamma, typename T>
-RNX_HD double plane(const Job<T>& job, int64_t anchor, int64_t k) {
-  const FocalWork<T>& work = job.work;
-  const std::vector<SpecialCell>& special = job.special[anchor];
-  const int64_t offset = (anchor * work.num_classes + k) * job.cells;
+RNX_HD double plane(const LevelImage<T>& part, int64_t anchor, int64_t k) {
+  const FocalWork<T>& work = part.work;
+  const std::vector<SpecialCell>& special = part.special[anchor];
+  const int64_t offset = (anchor * work.num_classes + k) * part.cells;
   T buffer[kFocalBlock];
   FocalBlock<T> block;
   double sum = 0;
   size_t first = 0;
-  for (int64_t start = 0; start < job.cells; start += kFocalBlock) {
-    const int64_t count = std::min(kFocalBlock, job.cells - start);
+  for (int64_t start = 0; start < part.cells; start += kFocalBlock) {
+    const int64_t count = std::min(kFocalBlock, part.cells - start);
     const T* x = read_block(work.inputs, work.input_type, offset + start, count, buffer);
     evaluate_background<kTask, kGamma, false>(work, x, count, 0, block);
     size_t last = first;
@@ -83,39 +90,36 @@ RNX_HD double plane(const Job<T>& job, int64_t anchor, int64_t k) {
 
 template <FocalTask kTask, Gamma kGamma, typename T>
 struct ChunkBody {
-  const std::vector<Job<T>>& jobs;
-  int64_t rows_per_chunk;
-  double* partial_sums;
+  const std::vector<LevelImage<T>>& parts;
+  double* chunk_sums;
 
   RNX_HD void operator()(int64_t begin, int64_t end) const {
-    // The last job that begins at or before the first chunk.
-    auto job = std::upper_bound(jobs.begin(), jobs.end(), begin,
-                                [](int64_t chunk, const Job<T>& other) { return chunk < other.first_chunk; }) -
-               1;
+    // The last part that begins at or before the first chunk.
+    auto part = std::upper_bound(parts.begin(), parts.end(), begin, [](int64_t chunk, const LevelImage<T>& other) {
+      return chunk < other.first_chunk;
+    }) - 1;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      while (job + 1 != jobs.end() && (job + 1)->first_chunk <= chunk) ++job;
-      const int64_t index = chunk - job->first_chunk;
-      double sum;
-      if (job->layout == LevelLayout::kRows) {
-        const int64_t first = index * rows_per_chunk;
-        sum = index_rows<kTask, kGamma, false>(job->work, first, std::min(job->work.num_rows, first + rows_per_chunk));
+      while (part + 1 != parts.end() && (part + 1)->first_chunk <= chunk) ++part;
+      const int64_t first = (chunk - part->first_chunk) * part->units_per_chunk;
+      const int64_t last = std::min(part->units(), first + part->units_per_chunk);
+      double sum = 0;
+      if (part->layout == LevelLayout::kRows) {
+        sum = index_rows<kTask, kGamma, false>(part->work, first, last);
       } else {
-        const int64_t planes = job->anchors * job->work.num_classes;
-        const int64_t begin_plane = index * job->planes_per_chunk;
-        sum = 0;
-        for (int64_t i = begin_plane; i < std::min(planes, begin_plane + job->planes_per_chunk); ++i) {
-          sum += plane<kTask, kGamma>(*job, i / job->work.num_classes, i % job->work.num_classes);
-        }
+        const int64_t k = part->work.num_classes;
+        for (int64_t i = first; i < last; ++i) sum += plane<kTask, kGamma>(*part, i / k, i % k);
       }
-      if (sums(kTask)) partial_sums[chunk] = sum * job->scale;
+      if (sums(kTask)) chunk_sums[chunk] = sum;
     }
   }
 };
 
+// Evaluates every part; `image_sums` [B] are added to.
 template <FocalTask kTask, Gamma kGamma, typename T>
-double run_jobs(const std::vector<Job<T>>& jobs, int64_t chunks, int64_t rows_per_chunk) {
-  std::vector<double> partial_sums(sums(kTask) ? chunks : 0);
-  const ChunkBody<kTask, kGamma, T> body{jobs, rows_per_chunk, partial_sums.data()};
+void run_parts(const std::vector<LevelImage<T>>& parts, std::vector<double>& image_sums) {
+  const int64_t chunks = parts.back().first_chunk + parts.back().chunks();
+  std::vector<double> chunk_sums(sums(kTask) ? chunks : 0);
+  const ChunkBody<kTask, kGamma, T> body{parts, chunk_sums.data()};
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     if constexpr (sizeof(T) == sizeof(float)) {
       run_on_best_isa(body, first, last);
@@ -123,68 +127,86 @@ double run_jobs(const std::vector<Job<T>>& jobs, int64_t chunks, int64_t rows_pe
       run_baseline(body, first, last);
     }
   });
-  double sum = 0;
-  for (const double partial : partial_sums) sum += partial;
-  return sum;
+  if (!sums(kTask)) return;
+  for (const LevelImage<T>& part : parts) {
+    for (int64_t i = 0; i < part.chunks(); ++i) image_sums[part.image] += chunk_sums[part.first_chunk + i];
+  }
 }
 
-// `gradients`: one tensor a level; empty for kSum. `upstream`: factor of every gradient.
+// What each image's loss is multiplied by.
+template <typename T>
+std::vector<double> image_scales(const MultilevelArgs& args) {
+  std::vector<double> scales(args.batch, args.scale);
+  if (args.normalizer.has_value()) {
+    const T* normalizer = static_cast<const T*>(args.normalizer->const_data_ptr());
+    for (int64_t b = 0; b < args.batch; ++b) scales[b] /= normalizer[args.normalizer->numel() == 1 ? 0 : b];
+  }
+  return scales;
+}
+
+template <typename T>
+LevelImage<T> describe(const MultilevelArgs& args, const FocalLevel& level, int64_t image, Tensor* gradient,
+                       double grad_scale) {
+  const int64_t k = args.num_classes;
+  const int64_t size = level.logits.element_size();
+  const int64_t target_size = args.targets.element_size();
+  LevelImage<T> part{};
+  part.image = image;
+  part.layout = level.layout;
+  part.anchors = level.anchors;
+  part.cells = level.cells;
+  part.units_per_chunk =
+      std::max<int64_t>(1, kFocalChunkElements / (level.layout == LevelLayout::kRows ? k : level.cells));
+  FocalWork<T>& work = part.work;
+  work.inputs = static_cast<const char*>(level.logits.const_data_ptr()) + image * level.image_stride * size;
+  work.input_type = args.type;
+  work.row_stride = k;
+  work.num_rows = level.rows();
+  work.num_classes = k;
+  work.targets = static_cast<const char*>(args.targets.const_data_ptr()) +
+                 (image * args.num_anchors + level.first_anchor) * target_size;
+  work.target_type = args.targets.scalar_type();
+  if (gradient != nullptr) {
+    work.result = static_cast<char*>(gradient->mutable_data_ptr()) + image * level.rows() * k * size;
+    work.result_type = args.type;
+  }
+  work.grad_scale = static_cast<T>(grad_scale);
+  work.gamma = finite_cast<T>(args.gamma);
+  work.alpha_positive = static_cast<T>(args.alpha_positive());
+  work.alpha_negative = static_cast<T>(args.alpha_negative());
+  work.ignore_index = kMultilevelIgnore;
+  if (part.layout == LevelLayout::kPlanes) find_special_cells(part);
+  return part;
+}
+
+// `gradients`: one tensor a level; empty for kSum. `upstream`: factor of every gradient. Returns the loss.
 template <FocalTask kTask, typename T>
 double run(const MultilevelArgs& args, double upstream, std::vector<Tensor>& gradients) {
-  const int64_t k = args.num_classes;
-  const int64_t rows_per_chunk = std::max<int64_t>(1, kFocalChunkElements / k);
-  const T* normalizer = args.normalizer ? static_cast<const T*>(args.normalizer->const_data_ptr()) : nullptr;
-  const size_t target_size = args.targets.scalar_type() == ScalarType::Long ? sizeof(int64_t) : sizeof(int32_t);
-  std::vector<Job<T>> jobs;
-  int64_t chunks = 0;
+  const std::vector<double> scales = image_scales<T>(args);
+  std::vector<LevelImage<T>> parts;
   for (size_t l = 0; l < args.levels.size(); ++l) {
     const FocalLevel& level = args.levels[l];
     if (level.rows() == 0) continue;
-    const size_t size = level.logits.element_size();
-    if (differentiates(kTask)) {
-      prefer_huge_pages(gradients[l].mutable_data_ptr(), static_cast<size_t>(gradients[l].numel()) * size);
+    Tensor* gradient = differentiates(kTask) ? &gradients[l] : nullptr;
+    if (gradient != nullptr) {
+      prefer_huge_pages(gradient->mutable_data_ptr(), static_cast<size_t>(gradient->numel()) * gradient->element_size());
     }
     for (int64_t image = 0; image < args.batch; ++image) {
-      Job<T> job{};
-      job.layout = level.layout;
-      job.anchors = level.anchors;
-      job.cells = level.cells;
-      job.first_chunk = chunks;
-      job.scale = args.scale;
-      if (normalizer != nullptr) job.scale /= normalizer[args.normalizer->numel() == 1 ? 0 : image];
-      FocalWork<T>& work = job.work;
-      work.inputs = static_cast<const char*>(level.logits.const_data_ptr()) + image * level.image_stride * size;
-      work.input_type = args.type;
-      work.row_stride = k;
-      work.num_rows = level.rows();
-      work.num_classes = k;
-      work.targets = static_cast<const char*>(args.targets.const_data_ptr()) +
-                     (image * args.num_anchors + level.first_anchor) * target_size;
-      work.target_type = args.targets.scalar_type();
-      if (differentiates(kTask)) {
-        work.result = static_cast<char*>(gradients[l].mutable_data_ptr()) + image * level.rows() * k * size;
-        work.result_type = args.type;
-      }
-      work.grad_scale = static_cast<T>(upstream * job.scale);
-      work.gamma = static_cast<T>(args.gamma);
-      work.alpha_positive = static_cast<T>(args.alpha_positive());
-      work.alpha_negative = static_cast<T>(args.alpha_negative());
-      work.ignore_index = kMultilevelIgnore;
-      job.planes_per_chunk = std::max<int64_t>(1, kFocalChunkElements / level.cells);
-      chunks += level.layout == LevelLayout::kRows
-                    ? (level.rows() + rows_per_chunk - 1) / rows_per_chunk
-                    : (level.anchors * k + job.planes_per_chunk - 1) / job.planes_per_chunk;
-      jobs.push_back(std::move(job));
+      parts.push_back(describe<T>(args, level, image, gradient, upstream * scales[image]));
+      const LevelImage<T>* before = parts.size() > 1 ? &parts[parts.size() - 2] : nullptr;
+      parts.back().first_chunk = before != nullptr ? before->first_chunk + before->chunks() : 0;
     }
   }
-  if (chunks == 0) return 0;
-  torch::stable::parallel_for(0, static_cast<int64_t>(jobs.size()), 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      if (jobs[i].layout == LevelLayout::kPlanes) find_special_cells(jobs[i]);
-    }
-  });
-  return args.gamma == 2 ? run_jobs<kTask, Gamma::kTwo>(jobs, chunks, rows_per_chunk)
-                         : run_jobs<kTask, Gamma::kAny>(jobs, chunks, rows_per_chunk);
+  if (parts.empty()) return 0;
+  std::vector<double> image_sums(args.batch);
+  if (args.gamma == 2) {
+    run_parts<kTask, Gamma::kTwo>(parts, image_sums);
+  } else {
+    run_parts<kTask, Gamma::kAny>(parts, image_sums);
+  }
+  double loss = 0;
+  for (int64_t b = 0; b < args.batch; ++b) loss += image_sums[b] * scales[b];
+  return loss;
 }
 
 template <FocalTask kTask>
@@ -211,7 +233,7 @@ std::vector<Tensor> multilevel_focal_loss_backward_cpu(const Tensor& grad, const
                                                        const Tensor& targets, const std::optional<Tensor>& normalizer,
                                                        int64_t num_classes, double alpha, double gamma, double scale) {
   const MultilevelArgs args = make_multilevel_args(logits, targets, normalizer, num_classes, alpha, gamma, scale);
-  check_multilevel_grad(args, grad);
+  check_multilevel_grad(args, grad, "multilevel_focal_loss_backward");
   std::vector<Tensor> gradients = empty_gradients(logits, args);
   run<FocalTask::kGradient>(args, read_scalar<float>(grad), gradients);
   return gradients;

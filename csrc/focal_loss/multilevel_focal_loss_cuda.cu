@@ -15,43 +15,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kMaxClasses = 1 << 27;  // a tile's elements are counted by 32-bit numbers
-constexpr int64_t kMaxCount = 1 << 30;    // as are an image's anchors, and the tiles
-
-// Whether 16-byte vectors can be loaded and stored from every beginning of an image, or of a plane.
-template <typename In>
-bool is_aligned(const FocalLevel& level, const void* gradient, int64_t num_classes, int64_t batch) {
-  const auto whole = [](int64_t elements) { return elements % kVectorWidth<In> == 0; };
-  return is_vector_aligned(level.logits.const_data_ptr()) && is_vector_aligned(gradient) &&
-         (batch == 1 || (whole(level.image_stride) && whole(level.rows() * num_classes))) &&
-         (level.layout == LevelLayout::kRows || whole(level.cells));
-}
-
-// Adds the level behind the kernel's tiles so far.
-template <typename In, FocalTask kTask>
-void add_level(const MultilevelArgs& args, const FocalLevel& level, void* gradient,
-               MultilevelKernelArgs<compute_t<In>>& kernel) {
-  LevelKernelArgs& entry = kernel.levels[kernel.num_levels++];
-  entry.logits = level.logits.const_data_ptr();
-  entry.gradient = gradient;
-  entry.image_stride = level.image_stride;
-  entry.gradient_image_stride = level.rows() * args.num_classes;
-  entry.first_anchor = level.first_anchor;
-  entry.rows = static_cast<int>(level.rows());
-  entry.cells = static_cast<int>(level.cells);
-  entry.anchors = static_cast<int>(level.anchors);
-  entry.planes = level.layout == LevelLayout::kPlanes;
-  entry.aligned = is_aligned<In>(level, gradient, args.num_classes, args.batch);
-  entry.first_tile = kernel.tiles;
-  const int64_t tiles_per_anchor = (level.cells + kPlaneTileCells<In> - 1) / kPlaneTileCells<In>;
-  const int64_t tiles_per_image = entry.planes ? level.anchors * tiles_per_anchor
-                                               : (level.rows() + kernel.rows_per_tile - 1) / kernel.rows_per_tile;
-  const int64_t tiles = kernel.tiles + tiles_per_image * args.batch;
-  require(level.rows() <= kMaxCount && tiles <= kMaxCount, "multilevel_focal_loss: logits are too large for CUDA: ",
-          level.rows(), " anchors an image, ", tiles, " tiles in all, and each may be at most ", kMaxCount);
-  entry.tiles_per_anchor = static_cast<int>(tiles_per_anchor);
-  entry.tiles_per_image = static_cast<int>(tiles_per_image);
-  kernel.tiles = static_cast<int>(tiles);
-}
 
 template <typename In, FocalTask kTask, Gamma kGamma>
 int launch(const CudaScope& scope, const MultilevelKernelArgs<compute_t<In>>& args) {
@@ -86,7 +49,7 @@ int run(const CudaScope& scope, const MultilevelArgs& args, std::vector<Tensor>&
   kernel.classes = static_cast<int>(args.num_classes);
   kernel.rows_per_tile = focal_rows_per_tile<In>(kernel.classes);
   kernel.scale = static_cast<T>(args.scale);
-  kernel.gamma = static_cast<T>(args.gamma);
+  kernel.gamma = finite_cast<T>(args.gamma);
   kernel.alpha_positive = static_cast<T>(args.alpha_positive());
   kernel.alpha_negative = static_cast<T>(args.alpha_negative());
   kernel.ignore_index = kMultilevelIgnore;
@@ -101,7 +64,15 @@ int run(const CudaScope& scope, const MultilevelArgs& args, std::vector<Tensor>&
   for (size_t i = 0; i < args.levels.size(); ++i) {
     const FocalLevel& level = args.levels[i];
     if (level.rows() > 0 && args.batch > 0) {
-      add_level<In, kTask>(args, level, differentiates(kTask) ? gradients[i].mutable_data_ptr() : nullptr, kernel);
+      const LevelMemory memory{level.logits.const_data_ptr(),
+                               differentiates(kTask) ? gradients[i].mutable_data_ptr() : nullptr,
+                               level.image_stride,
+                               level.first_anchor,
+                               level.anchors,
+                               level.cells,
+                               level.layout == LevelLayout::kPlanes};
+      require(add_level<In>(memory, args.batch, kernel), "multilevel_focal_loss: logits[", i,
+              "] are too large for CUDA, with ", level.rows(), " anchors an image and ", args.batch, " images");
     }
     if (kernel.num_levels == kMaxLevels || (i + 1 == args.levels.size() && kernel.num_levels > 0)) {
       kernel.block_sums = sums(kTask) ? block_sums + blocks : nullptr;
@@ -141,12 +112,10 @@ Tensor multilevel_focal_loss_cuda(const std::vector<Tensor>& logits, const Tenso
   return finish_sum(scope, args, block_sums, blocks);
 }
 
-void backward_into(const MultilevelArgs& args, const Tensor& grad, std::vector<Tensor>& gradients,
-                   const Tensor* was_one, bool filled) {
-  const CudaScope scope(args.targets);
-  int32_t* note = was_one != nullptr ? host_memory_on_device(*was_one) : nullptr;
+void backward_into(const CudaScope& scope, const MultilevelArgs& args, const Tensor& grad,
+                   std::vector<Tensor>& gradients, int32_t* was_one, bool filled) {
   with_storage_type(args.type, [&](auto storage) {
-    return run<decltype(storage), FocalTask::kGradient>(scope, args, gradients, &grad, nullptr, note, filled);
+    return run<decltype(storage), FocalTask::kGradient>(scope, args, gradients, &grad, nullptr, was_one, filled);
   });
 }
 
@@ -154,9 +123,9 @@ std::vector<Tensor> multilevel_focal_loss_backward_cuda(const Tensor& grad, cons
                                                         const Tensor& targets, const std::optional<Tensor>& normalizer,
                                                         int64_t num_classes, double alpha, double gamma, double scale) {
   const MultilevelArgs args = make_multilevel_args(logits, targets, normalizer, num_classes, alpha, gamma, scale);
-  check_multilevel_grad(args, grad);
+  check_multilevel_grad(args, grad, "multilevel_focal_loss_backward");
   std::vector<Tensor> gradients = empty_gradients(logits, args);
-  backward_into(args, grad, gradients, nullptr, false);
+  backward_into(CudaScope(targets), args, grad, gradients, nullptr, false);
   return gradients;
 }
 
@@ -182,7 +151,9 @@ void multilevel_focal_loss_refresh_grad_cuda(std::vector<Tensor> grad_logits, Te
                                              double alpha, double gamma, double scale, bool filled) {
   const MultilevelArgs args = make_multilevel_args(logits, targets, normalizer, num_classes, alpha, gamma, scale);
   check_multilevel_refresh(args, grad, logits, grad_logits, was_one);
-  backward_into(args, grad, grad_logits, &was_one, filled);
+  const CudaScope scope(targets);
+  backward_into(scope, args, grad, grad_logits, host_memory_on_device(was_one, "multilevel_focal_loss_refresh_grad"),
+                filled);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(retinanet_ext, CUDA, m) {

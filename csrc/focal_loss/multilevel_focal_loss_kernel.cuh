@@ -1,6 +1,6 @@
 // Focal loss over the levels of a feature pyramid on CUDA: sum, gradient, both in one pass (formulas in
-// common/focal_math.h). One launch reads every level as the head's convolution leaves it; each gradient is written in its
-// level's own layout.
+// common/focal_math.h). One launch reads every level as the head's convolution leaves it; each gradient is written in
+// its level's own layout.
 //
 // Tiles     The tiles of all levels and images are one list, walked by blocks of 256 threads. In the rows layout (the K
 //           logits of an anchor together) a tile is whole rows, about 16 KiB of logits. In the planes layout
@@ -64,6 +64,49 @@ struct MultilevelKernelArgs {
 // Cells of a tile of the planes layout.
 template <typename In>
 constexpr int kPlaneTileCells = kWarpSize * kVectorWidth<In>;
+
+// Where a level's logits lie, and where its gradient goes.
+struct LevelMemory {
+  const void* logits;
+  void* gradient;        // contiguous in the layout of the logits, or null
+  int64_t image_stride;  // elements from one image's logits to the next
+  int64_t first_anchor;
+  int64_t anchors;  // A; 1 for [B, n, K]
+  int64_t cells;    // H*W; n for [B, n, K]
+  bool planes;
+};
+
+// Appends a level's tiles to those before it; false where they are too many to be counted.
+template <typename In>
+bool add_level(const LevelMemory& level, int64_t batch, MultilevelKernelArgs<compute_t<In>>& args) {
+  constexpr int64_t kMaxCount = 1 << 30;
+  const int64_t rows = level.anchors * level.cells;
+  const int64_t image_size = rows * args.classes;
+  const int64_t tiles_per_anchor = (level.cells + kPlaneTileCells<In> - 1) / kPlaneTileCells<In>;
+  const int64_t tiles_per_image =
+      level.planes ? level.anchors * tiles_per_anchor : (rows + args.rows_per_tile - 1) / args.rows_per_tile;
+  if (rows > kMaxCount || level.anchors * args.classes > kMaxCount) return false;
+  if (args.tiles + tiles_per_image * batch > kMaxCount) return false;
+  const auto whole = [](int64_t elements) { return elements % kVectorWidth<In> == 0; };
+  LevelKernelArgs& entry = args.levels[args.num_levels++];
+  entry.logits = level.logits;
+  entry.gradient = level.gradient;
+  entry.image_stride = level.image_stride;
+  entry.gradient_image_stride = image_size;
+  entry.first_anchor = level.first_anchor;
+  entry.rows = static_cast<int>(rows);
+  entry.cells = static_cast<int>(level.cells);
+  entry.anchors = static_cast<int>(level.anchors);
+  entry.planes = level.planes;
+  entry.aligned = is_vector_aligned(level.logits) && is_vector_aligned(level.gradient) &&
+                  (batch == 1 || (whole(level.image_stride) && whole(image_size))) &&
+                  (!level.planes || whole(level.cells));
+  entry.first_tile = args.tiles;
+  entry.tiles_per_anchor = static_cast<int>(tiles_per_anchor);
+  entry.tiles_per_image = static_cast<int>(tiles_per_image);
+  args.tiles += static_cast<int>(tiles_per_image * batch);
+  return true;
+}
 
 constexpr int kBackgroundTarget = -1;
 constexpr int kIgnoredTarget = -2;

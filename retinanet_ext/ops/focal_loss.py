@@ -80,24 +80,19 @@ def _fake_backward(
     scalar = reduction != 0 or all(
         stride == 0 or size == 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
     )
-    return _empty_gradient(inputs, targets, class_alpha, scalar or _same_strides(inputs, grad))
+    if _keeps_layout(inputs, targets, class_alpha) and (scalar or _same_strides(inputs, grad)):
+        return torch.empty_like(inputs)
+    return inputs.new_empty(inputs.shape)
 
 
 @torch.library.register_fake("retinanet_ext::sigmoid_focal_loss_with_grad")
 def _fake_with_grad(inputs, targets, weight, class_alpha, alpha, gamma, label_smoothing, ignore_index, reduction):
-    loss = inputs.new_empty((), dtype=loss_dtype(inputs, reduction, False))
-    return loss, _empty_gradient(inputs, targets, class_alpha)
+    return inputs.new_empty((), dtype=loss_dtype(inputs, reduction, False)), inputs.new_empty(inputs.shape)
 
 
 @torch.library.register_fake("retinanet_ext::sigmoid_focal_loss_refresh_grad")
 def _fake_refresh_grad(grad_inputs, was_one, grad, *_arguments):
     pass
-
-
-def _empty_gradient(inputs: Tensor, targets: Tensor, class_alpha: Tensor | None, may_keep: bool = True) -> Tensor:
-    if may_keep and _keeps_layout(inputs, targets, class_alpha):
-        return torch.empty_like(inputs)
-    return inputs.new_empty(inputs.shape)
 
 
 def _same_strides(a: Tensor, b: Tensor) -> bool:
@@ -139,6 +134,10 @@ def _no_double_backward(ctx, grad):
     raise RuntimeError(DOUBLE_BACKWARD)
 
 
+def _not_differentiable(ctx, *grads):
+    raise RuntimeError("sigmoid_focal_loss_with_grad returns the gradient; to differentiate, use sigmoid_focal_loss")
+
+
 DOUBLE_BACKWARD = (
     "sigmoid_focal_loss: second derivatives are not implemented. "
     "retinanet_ext.reference.sigmoid_focal_loss, in plain PyTorch, has them."
@@ -146,6 +145,7 @@ DOUBLE_BACKWARD = (
 
 torch.library.register_autograd("retinanet_ext::sigmoid_focal_loss", _raw_backward, setup_context=_raw_setup_context)
 torch.library.register_autograd("retinanet_ext::sigmoid_focal_loss_backward", _no_double_backward)
+torch.library.register_autograd("retinanet_ext::sigmoid_focal_loss_with_grad", _not_differentiable)
 
 
 class _FocalLossBackward(torch.autograd.Function):
@@ -209,14 +209,16 @@ class _FocalLoss(torch.autograd.Function):
 
 
 class _TrainingFocalLoss(torch.autograd.Function):
-    """Sum or mean in eager training: the backward pass may find its gradient ready, see `one_pass`."""
+    """Sum or mean over class indices in eager training: the backward pass may find its gradient ready, see `one_pass`.
+
+    Not over soft targets: there a compiler may round the loss otherwise where it computes the gradient too.
+    """
 
     @staticmethod
-    def forward(ctx, inputs, targets, weight, class_alpha, options):
-        ctx.options = options
-        ctx.note = one_pass.note_of("sigmoid_focal_loss", inputs.device)
+    def forward(ctx, inputs, targets, weight, class_alpha, options, was_one):
+        ctx.options, ctx.was_one = options, was_one
         ctx.save_for_backward(inputs, targets, weight, class_alpha)
-        if ctx.note.item():
+        if was_one.item():
             loss, ctx.grad_inputs = _with_grad(inputs, targets, weight, class_alpha, *options)
         else:
             loss, ctx.grad_inputs = _forward(inputs, targets, weight, class_alpha, *options, False), None
@@ -225,16 +227,16 @@ class _TrainingFocalLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         logits, targets, weight, class_alpha = ctx.saved_tensors
-        if torch.is_grad_enabled() or not one_pass.is_plain(grad):
-            grad_inputs = _FocalLossBackward.apply(grad, logits, targets, weight, class_alpha, ctx.options)
-            return grad_inputs, None, None, None, None
         # Handed over once: whoever gets it may write to it, and a second backward pass recomputes.
         grad_inputs, ctx.grad_inputs = ctx.grad_inputs, None
+        if torch.is_grad_enabled() or not one_pass.is_plain(grad):
+            grad_inputs = _FocalLossBackward.apply(grad, logits, targets, weight, class_alpha, ctx.options)
+            return grad_inputs, *(None,) * 5
         filled = grad_inputs is not None
         if not filled:
-            grad_inputs = _empty_gradient(logits, targets, class_alpha)
-        _refresh_grad(grad_inputs, ctx.note, grad, logits, targets, weight, class_alpha, *ctx.options, filled)
-        return grad_inputs, None, None, None, None
+            grad_inputs = logits.new_empty(logits.shape)
+        _refresh_grad(grad_inputs, ctx.was_one, grad, logits, targets, weight, class_alpha, *ctx.options, filled)
+        return grad_inputs, *(None,) * 5
 
 
 def _reject_batched(in_dims, **positions: int) -> None:
@@ -406,6 +408,8 @@ def sigmoid_focal_loss(
     float32_loss = autocast_enabled(inputs)
     if torch.compiler.is_compiling():
         return _forward(inputs, targets, weight, class_alpha, *options, float32_loss)
-    if options.reduction != REDUCTIONS["none"] and one_pass.is_allowed(inputs, targets, weight, class_alpha):
-        return _TrainingFocalLoss.apply(inputs, targets, weight, class_alpha, options)
+    if not soft and reduction != "none" and one_pass.is_allowed([inputs], targets, weight, class_alpha):
+        was_one = one_pass.was_one("sigmoid_focal_loss", inputs.device)
+        if was_one is not None:
+            return _TrainingFocalLoss.apply(inputs, targets, weight, class_alpha, options, was_one)
     return _FocalLoss.apply(inputs, targets, weight, class_alpha, options, float32_loss)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _load  # noqa: F401 - registers the operators
 from ..reference.focal_loss import compute_dtype, infer_num_classes
 from . import one_pass
-from .focal_loss import FLOATING, INDICES
+from .focal_loss import FLOATING, INDICES, NUMBERS
 
 _forward = torch.ops.retinanet_ext.multilevel_focal_loss.default
 _backward = torch.ops.retinanet_ext.multilevel_focal_loss_backward.default
@@ -33,7 +33,7 @@ def _empty_gradients(logits: Sequence[Tensor]) -> list[Tensor]:
     """Laid out as the levels that are channels_last, contiguous otherwise."""
     return [
         torch.empty_like(level)
-        if level.dim() == 4 and level.is_contiguous(memory_format=torch.channels_last)
+        if level.dim() == 4 and level.numel() > 0 and level.is_contiguous(memory_format=torch.channels_last)
         else level.new_empty(level.shape)
         for level in logits
     ]
@@ -83,8 +83,15 @@ def _no_double_backward(ctx, *grads):
     raise RuntimeError(DOUBLE_BACKWARD)
 
 
+def _not_differentiable(ctx, *grads):
+    raise RuntimeError(
+        "multilevel_focal_loss_with_grad returns the gradients; to differentiate, use multilevel_focal_loss"
+    )
+
+
 torch.library.register_autograd("retinanet_ext::multilevel_focal_loss", _raw_backward, setup_context=_raw_setup_context)
 torch.library.register_autograd("retinanet_ext::multilevel_focal_loss_backward", _no_double_backward)
+torch.library.register_autograd("retinanet_ext::multilevel_focal_loss_with_grad", _not_differentiable)
 
 
 def _by_entry(function, info, in_dims, arguments):
@@ -124,9 +131,12 @@ class _MultilevelBackward(torch.autograd.Function):
 def _gradients(grad, targets, normalizer, options, logits) -> tuple[Tensor, ...]:
     if torch._C._functorch.is_legacy_batchedtensor(grad):
         # torch.autograd.grad(is_grads_batched=True) has no rule for an operator that returns a list.
-        one = torch.ones((), dtype=grad.dtype, device=targets.device)
-        unscaled = _MultilevelBackward.apply(one, targets, normalizer, options, *logits)
-        return tuple((gradient * grad).to(gradient.dtype) for gradient in unscaled)
+        one = torch.ones((), dtype=torch.float32, device=targets.device)
+        wide = [level if level.dtype == torch.float64 else level.float() for level in logits]
+        if normalizer is not None:
+            normalizer = normalizer.to(wide[0].dtype)
+        unscaled = _MultilevelBackward.apply(one, targets, normalizer, options, *wide)
+        return tuple((gradient * grad).to(logits[0].dtype) for gradient in unscaled)
     return _MultilevelBackward.apply(grad, targets, normalizer, options, *logits)
 
 
@@ -154,11 +164,10 @@ class _TrainingMultilevel(torch.autograd.Function):
     """Eager training: the backward pass may find its gradients ready, see `one_pass`."""
 
     @staticmethod
-    def forward(ctx, targets, normalizer, options, *logits):
-        ctx.options = options
-        ctx.note = one_pass.note_of("multilevel_focal_loss", targets.device)
+    def forward(ctx, targets, normalizer, options, was_one, *logits):
+        ctx.options, ctx.was_one = options, was_one
         ctx.save_for_backward(targets, normalizer, *logits)
-        if ctx.note.item():
+        if was_one.item():
             loss, ctx.grad_logits = _with_grad(logits, targets, normalizer, *options)
         else:
             loss, ctx.grad_logits = _forward(logits, targets, normalizer, *options), None
@@ -167,15 +176,15 @@ class _TrainingMultilevel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         targets, normalizer, *logits = ctx.saved_tensors
-        if torch.is_grad_enabled() or not one_pass.is_plain(grad):
-            return None, None, None, *_gradients(grad, targets, normalizer, ctx.options, logits)
         # Handed over once: whoever gets them may write to them, and a second backward pass recomputes.
         grad_logits, ctx.grad_logits = ctx.grad_logits, None
+        if torch.is_grad_enabled() or not one_pass.is_plain(grad):
+            return *(None,) * 4, *_gradients(grad, targets, normalizer, ctx.options, logits)
         filled = grad_logits is not None
         if not filled:
             grad_logits = _empty_gradients(logits)
-        _refresh_grad(grad_logits, ctx.note, grad, logits, targets, normalizer, *ctx.options, filled)
-        return None, None, None, *grad_logits
+        _refresh_grad(grad_logits, ctx.was_one, grad, logits, targets, normalizer, *ctx.options, filled)
+        return *(None,) * 4, *grad_logits
 
 
 def multilevel_focal_loss(
@@ -195,7 +204,8 @@ def multilevel_focal_loss(
         alpha: weight of positive elements in [0, 1], or -1 for no balancing.
         gamma: focusing exponent, >= 0.
         normalizer: what each image's loss is divided by: a number, or a scalar or [B] tensor; no gradient flows into
-            it. Default 1. torchvision's RetinaNet loss is ``normalizer = B * max(1, foreground of the image)``.
+            it; positive (of 0 the loss is inf or NaN). Default 1. torchvision's RetinaNet loss is
+            ``normalizer = B * max(1, foreground of the image)``.
 
     Returns:
         float32 scalar: the sum over images of loss_b / normalizer_b.
@@ -205,7 +215,9 @@ def multilevel_focal_loss(
 
     Source: arXiv 1708.02002, equation 5.
     """
-    _check_multilevel(logits, targets, alpha, gamma, normalizer)
+    num_classes = _check_multilevel(logits, targets, alpha, gamma, normalizer)
+    if num_classes == 0:
+        return torch.stack([level.float().sum() for level in logits]).sum()  # of no elements
     if targets.dtype != torch.int64 and targets.dtype != torch.int32:
         targets = targets.long()
     scale = 1.0
@@ -214,15 +226,18 @@ def multilevel_focal_loss(
     elif normalizer is not None:
         scale = 1.0 / normalizer if normalizer else math.copysign(math.inf, normalizer)
         normalizer = None
-    options = Options(infer_num_classes(logits, targets.shape[1]), float(alpha), float(gamma), float(scale))
+    options = Options(num_classes, float(alpha), float(gamma), float(scale))
     if torch.compiler.is_compiling():
         return _forward(list(logits), targets, normalizer, *options)
-    if one_pass.is_allowed(*logits, targets, normalizer):
-        return _TrainingMultilevel.apply(targets, normalizer, options, *logits)
+    if one_pass.is_allowed(logits, targets, normalizer):
+        was_one = one_pass.was_one("multilevel_focal_loss", targets.device)
+        if was_one is not None:
+            return _TrainingMultilevel.apply(targets, normalizer, options, was_one, *logits)
     return _Multilevel.apply(targets, normalizer, options, *logits)
 
 
-def _check_multilevel(logits, targets, alpha, gamma, normalizer) -> None:
+def _check_multilevel(logits, targets, alpha, gamma, normalizer) -> int:
+    """The number of classes; a ValueError or TypeError that names the argument, what was expected and what came."""
     name = "multilevel_focal_loss"
     if isinstance(logits, Tensor) or len(logits) == 0:
         raise ValueError(f"{name}: logits must be a list of tensors, one a level, and is {type(logits).__name__}")
@@ -267,8 +282,16 @@ def _check_multilevel(logits, targets, alpha, gamma, normalizer) -> None:
         raise ValueError(f"{name}: alpha must be in [0, 1], or -1 for no balancing, and is {alpha}")
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"{name}: gamma must be finite and >= 0, and is {gamma}")
-    if isinstance(normalizer, Tensor) and normalizer.numel() != 1 and tuple(normalizer.shape) != (batch,):
-        raise ValueError(
-            f"{name}: normalizer must be a number, or a scalar or [{batch}] tensor, and has shape "
-            f"{tuple(normalizer.shape)}"
-        )
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1 and tuple(normalizer.shape) != (batch,):
+            raise ValueError(
+                f"{name}: normalizer must be a number, or a scalar or [{batch}] tensor, and has shape "
+                f"{tuple(normalizer.shape)}"
+            )
+        if normalizer.device != targets.device:
+            raise ValueError(
+                f"{name}: normalizer must be on the device of logits, {targets.device}, and is on {normalizer.device}"
+            )
+    elif normalizer is not None and not isinstance(normalizer, NUMBERS):
+        raise TypeError(f"{name}: normalizer must be a number or a tensor, and is {type(normalizer).__name__}")
+    return num_classes

@@ -3,10 +3,11 @@
 The plain path computes the loss in the forward pass and recomputes from the logits in the backward pass. Where nobody
 can see the difference, the forward pass computes the gradient as well, for the upstream gradient of 1 that a plain
 ``loss.backward()`` brings, and the backward pass hands it over. It looks at the upstream gradient first, on the device,
-and recomputes when that is not 1: both paths give the same bits in every case.
+and recomputes when that is not 1: both paths give the same bits in every case. (What can be seen is memory: the
+gradient exists from the forward pass on.)
 
 An upstream gradient that is not 1 (a loss divided after the sum, a loss scale) makes the one pass a waste. So each
-backward pass notes in host memory whether it was 1, and the next forward pass goes by that note. On CUDA the note may
+backward pass leaves in host memory whether it was 1, and the next forward pass goes by that. On CUDA the answer may
 still be on its way: it decides about speed only.
 """
 
@@ -15,18 +16,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-DTYPES = (torch.float32, torch.bfloat16)  # stored halves of range 1e-5 to 65504 would underflow under a loss scale
+# Not float64, where nobody is in a hurry, and not float16, which is trained under a loss scale.
+DTYPES = (torch.float32, torch.bfloat16)
 
-_notes: dict[tuple[str, torch.device], Tensor] = {}
+_flags: dict[tuple[str, torch.device], Tensor] = {}
 
 
-def note_of(operator: str, device: torch.device) -> Tensor:
-    """int32 [1] in host memory: whether the last upstream gradient was 1. Begins as 1."""
+def was_one(operator: str, device: torch.device) -> Tensor | None:
+    """int32 [1] in host memory: whether the last upstream gradient was 1. Begins as 1.
+
+    None where it does not exist yet and cannot be made: pinned memory is not allocated during a graph capture.
+    """
     key = operator, device
-    if key not in _notes:
-        note = torch.ones(1, dtype=torch.int32)
-        _notes[key] = note.pin_memory() if device.type == "cuda" else note
-    return _notes[key]
+    if key not in _flags:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        _flags[key] = torch.ones(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    return _flags[key]
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -37,20 +43,21 @@ def is_plain(*tensors: Tensor | None) -> bool:
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and not any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors if tensor is not None)
     )
 
 
-def is_allowed(*tensors: Tensor | None) -> bool:
-    """Whether the first of `tensors`, the logits, take the path whose backward pass may find its gradient ready.
+def is_allowed(logits: list[Tensor], *others: Tensor | None) -> bool:
+    """Whether the loss of `logits` takes the path whose backward pass may find its gradient ready.
 
     Hooks on saved tensors (checkpointing, offloading) promise that nothing else keeps memory between the passes.
     """
     return (
         torch.is_grad_enabled()
-        and is_plain(*tensors)
-        and tensors[0].dtype in DTYPES
-        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        and logits[0].dtype in DTYPES
+        and any(level.requires_grad for level in logits)
+        and is_plain(*logits, *others)
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and torch.autograd.forward_ad._current_level < 0
     )

@@ -42,11 +42,10 @@ void launch(bool soft, FocalKernelArgs<float>& args, const Options& options) {
   args.tiles = soft ? (args.rows * args.classes + kTileElements - 1) / kTileElements
                     : (args.rows + args.rows_per_tile - 1) / args.rows_per_tile;
   emulator::Machine::get().run(options.blocks, kFocalThreads, options.schedule, [&] {
-    if (soft) {
-      focal_soft_kernel<In, kTask, kGamma, kByColumn>(args);
-    } else {
-      focal_index_kernel<In, kTask, kGamma, kByColumn>(args);
+    if constexpr (kTask != FocalTask::kSumAndGradient) {  // one pass is for class indices alone
+      if (soft) return focal_soft_kernel<In, kTask, kGamma, kByColumn>(args);
     }
+    focal_index_kernel<In, kTask, kGamma, kByColumn>(args);
   });
 }
 

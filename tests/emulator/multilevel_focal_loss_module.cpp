@@ -41,29 +41,6 @@ struct Options {
   emulator::Schedule schedule;
 };
 
-template <typename In>
-LevelKernelArgs describe(const Level& level, int batch, int64_t first_anchor, const void* logits, void* gradient,
-                         const MultilevelKernelArgs<float>& args) {
-  LevelKernelArgs entry = {};
-  entry.logits = logits;
-  entry.gradient = gradient;
-  entry.rows = level.anchors * level.cells;
-  entry.cells = level.cells;
-  entry.anchors = level.anchors;
-  entry.planes = level.planes;
-  entry.first_anchor = first_anchor;
-  entry.gradient_image_stride = static_cast<int64_t>(entry.rows) * args.classes;
-  entry.image_stride = entry.gradient_image_stride + level.gap;
-  const auto whole = [](int64_t elements) { return elements % kVectorWidth<In> == 0; };
-  entry.aligned = (batch == 1 || (whole(entry.image_stride) && whole(entry.gradient_image_stride))) &&
-                  (!level.planes || whole(level.cells));
-  entry.first_tile = args.tiles;
-  entry.tiles_per_anchor = (level.cells + kPlaneTileCells<In> - 1) / kPlaneTileCells<In>;
-  entry.tiles_per_image = level.planes ? level.anchors * entry.tiles_per_anchor
-                                       : (entry.rows + args.rows_per_tile - 1) / args.rows_per_tile;
-  return entry;
-}
-
 template <typename In, FocalTask kTask>
 void launch(const MultilevelKernelArgs<float>& args, const Options& options) {
   emulator::Machine::get().run(options.blocks, kFocalThreads, options.schedule, [&] {
@@ -114,11 +91,12 @@ py::tuple run(const std::vector<Level>& levels, const py::array& targets, int cl
       gradient = gradients.back()->as<void>();
       if (options.filled) std::memcpy(gradient, (*options.filled)[l].data(), outputs.back().nbytes());
     }
-    args.levels[l] = describe<In>(level, batch, first_anchor, logits.back()->as<void>(), gradient, args);
-    args.tiles += args.levels[l].tiles_per_image * batch;
-    first_anchor += args.levels[l].rows;
+    const int64_t rows = static_cast<int64_t>(level.anchors) * level.cells;
+    const LevelMemory memory{logits.back()->as<void>(), gradient,    rows * classes + level.gap, first_anchor,
+                             level.anchors,             level.cells, level.planes};
+    if (!add_level<In>(memory, batch, args)) throw std::invalid_argument("a level is too large");
+    first_anchor += rows;
   }
-  args.num_levels = static_cast<int>(levels.size());
 
   DeviceBuffer sums(sizeof(double) * static_cast<std::size_t>(options.blocks));
   DeviceBuffer grad(sizeof(float));
