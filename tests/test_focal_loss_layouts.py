@@ -261,3 +261,36 @@ def test_fake_kernels_know_any_layout(data):
     if data.draw(st.booleans()):
         targets = data.draw(st.sampled_from([torch.zeros_like(inputs), data.draw(strided(shape, dtype))]))
     assert_fakes_equal_real(inputs, targets, wide=data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [1, 81])
+def test_results_larger_than_the_cache_have_the_bits_of_their_parts(dtype, classes):
+    """Large results are written around the caches, in large pages; every element arrives, in every dtype."""
+    rows = 48 * 2**20 // (classes * dtype.itemsize) + 5
+    logits = torch.randn(rows, classes).to(dtype)
+    targets = torch.full((rows,), -1)
+    targets[::97] = torch.randint(0, classes, (len(targets[::97]),))
+    targets[5::101] = -2
+    arguments = (None, None, 0.25, 2.0, 0.0, -2)
+    ops, one = torch.ops.retinanet_ext, torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    parts = range(0, rows, rows // 13)
+    expected = torch.cat(
+        [
+            ops.sigmoid_focal_loss_backward(one, logits[i : i + rows // 13], targets[i : i + rows // 13], *arguments, 2)
+            for i in parts
+        ]
+    )
+    assert torch.equal(ops.sigmoid_focal_loss_backward(one, logits, targets, *arguments, 2), expected)
+    assert torch.equal(ops.sigmoid_focal_loss_with_grad(logits, targets, *arguments, 2)[1], expected)
+    loss = ops.sigmoid_focal_loss(logits, targets, *arguments, 0, False)
+    parts = [
+        ops.sigmoid_focal_loss(logits[i : i + rows // 13], targets[i : i + rows // 13], *arguments, 0, False)
+        for i in parts
+    ]
+    assert torch.equal(loss, torch.cat(parts))
+    planes = logits.view(1, 1, rows, classes).permute(0, 3, 1, 2).contiguous()  # [1, K, 1, rows]: one anchor a cell
+    (gradient,) = ops.multilevel_focal_loss_backward(
+        one.float(), [planes], targets.view(1, -1), None, classes, 0.25, 2.0, 1.0
+    )
+    assert torch.equal(gradient.view(classes, rows).t(), expected)

@@ -13,6 +13,8 @@
 #include "common/dispatch.h"
 #include "common/focal_math.h"
 #include "common/half_convert.h"
+#include "common/huge_pages.h"
+#include "common/streaming.h"
 #include "focal_loss/focal_task.h"
 
 namespace retinanet_ext {
@@ -34,6 +36,7 @@ struct FocalWork {
   ScalarType target_type;
   void* result;  // loss or gradient; unused by kSum
   ScalarType result_type;
+  bool streams;      // the result is written around the caches
   const void* grad;  // kGradient: the upstream gradient of each element, or null
   ScalarType grad_type;
   T grad_scale;  // factor of every element's gradient
@@ -46,6 +49,14 @@ struct FocalWork {
   const T* weight;  // [K] or null
   int64_t ignore_index;
 };
+
+// Where a kernel writes losses or gradients: `bytes` in all, of which `data` may be a part.
+template <typename T>
+void set_result(FocalWork<T>& work, void* data, ScalarType type, size_t bytes) {
+  work.result = data;
+  work.result_type = type;
+  work.streams = outgrows_cache(bytes);
+}
 
 template <typename T>
 RNX_HD const T* read_block(const void* base, ScalarType type, int64_t offset, int64_t count, T* buffer) {
@@ -71,21 +82,33 @@ T read_scalar(const torch::stable::Tensor& tensor) {
   return *read_block(tensor.const_data_ptr(), tensor.scalar_type(), 0, 1, buffer);
 }
 
+// `streams`: around the caches.
+template <typename S, typename T, typename F>
+RNX_HD void write_as(void* base, int64_t offset, int64_t count, const T* values, bool streams, const F& convert) {
+  S* target = static_cast<S*>(base) + offset;
+  if (!streams) {
+    for (int64_t i = 0; i < count; ++i) target[i] = convert(values[i]);
+    return;
+  }
+  S buffer[kFocalBlock];
+  for (int64_t i = 0; i < count; ++i) buffer[i] = convert(values[i]);
+  stream_copy(target, buffer, count);
+}
+
 template <typename T>
-RNX_HD void write_block(void* base, ScalarType type, int64_t offset, int64_t count, const T* values) {
+RNX_HD void write_block(void* base, ScalarType type, int64_t offset, int64_t count, const T* values, bool streams) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (type == ScalarType::Half) {
-      Float16* target = static_cast<Float16*>(base) + offset;
-      for (int64_t i = 0; i < count; ++i) target[i] = to_float16(values[i]);
-      return;
+      return write_as<Float16>(base, offset, count, values, streams,
+                               [](T value) __attribute__((always_inline)) { return to_float16(value); });
     }
     if (type == ScalarType::BFloat16) {
-      BFloat16* target = static_cast<BFloat16*>(base) + offset;
-      for (int64_t i = 0; i < count; ++i) target[i] = to_bfloat16(values[i]);
-      return;
+      return write_as<BFloat16>(base, offset, count, values, streams,
+                                [](T value) __attribute__((always_inline)) { return to_bfloat16(value); });
     }
   }
   T* target = static_cast<T*>(base) + offset;
+  if (streams) return stream_copy(target, values, count);
   for (int64_t i = 0; i < count; ++i) target[i] = values[i];
 }
 
@@ -150,7 +173,7 @@ RNX_HD void finish_block(const FocalWork<T>& work, FocalBlock<T>& block, int64_t
   }
   if constexpr (kTask == FocalTask::kLoss) {
     for (int64_t i = 0; i < count; ++i) block.losses[i] *= loss_scale;
-    write_block(work.result, work.result_type, offset, count, block.losses);
+    write_block(work.result, work.result_type, offset, count, block.losses, work.streams);
   }
   if constexpr (differentiates(kTask)) {
     if (kTask == FocalTask::kGradient && work.grad != nullptr) {
@@ -158,7 +181,7 @@ RNX_HD void finish_block(const FocalWork<T>& work, FocalBlock<T>& block, int64_t
       const T* grad = read_block(work.grad, work.grad_type, offset, count, buffer);
       for (int64_t i = 0; i < count; ++i) block.gradients[i] *= grad[i];
     }
-    write_block(work.result, work.result_type, offset, count, block.gradients);
+    write_block(work.result, work.result_type, offset, count, block.gradients, work.streams);
   }
 }
 
@@ -197,14 +220,15 @@ RNX_HD void positive_element(const FocalWork<T>& work, int64_t input_offset, int
       value[0] *= *read_block(work.grad, work.grad_type, offset, 1, buffer);
     }
   }
-  write_block(work.result, work.result_type, offset, 1, value);
+  write_block(work.result, work.result_type, offset, 1, value, false);
 }
 
 template <typename T>
 RNX_HD void zero_run(const FocalWork<T>& work, int64_t offset, int64_t count) {
   const T zeros[kFocalBlock] = {};
   for (int64_t start = 0; start < count; start += kFocalBlock) {
-    write_block(work.result, work.result_type, offset + start, std::min(kFocalBlock, count - start), zeros);
+    write_block(work.result, work.result_type, offset + start, std::min(kFocalBlock, count - start), zeros,
+                work.streams);
   }
 }
 

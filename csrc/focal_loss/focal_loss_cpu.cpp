@@ -9,7 +9,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/huge_pages.h"
 #include "focal_loss/focal_loss_args.h"
 #include "focal_loss/focal_loss_blocks.h"
 
@@ -78,6 +77,7 @@ double run_chunks(const FocalWork<T>& work) {
     } else {
       run_baseline(body, first, last);
     }
+    if (work.streams) stream_fence();
   });
   double sum = 0;
   for (const double partial : partial_sums) sum += partial;
@@ -162,12 +162,11 @@ double count_elements(const FocalWork<T>& work, bool soft) {
   return static_cast<double>(rows) * static_cast<double>(work.num_classes);
 }
 
-// Where the kernel writes losses or gradients.
 template <typename T>
 void set_result(FocalWork<T>& work, Tensor& result) {
-  work.result = result.mutable_data_ptr();
-  work.result_type = result.scalar_type();
-  prefer_huge_pages(work.result, static_cast<size_t>(result.numel()) * result.element_size());
+  const size_t bytes = static_cast<size_t>(result.numel()) * result.element_size();
+  set_result(work, result.mutable_data_ptr(), result.scalar_type(), bytes);
+  prefer_huge_pages(work.result, bytes);
 }
 
 template <typename T>

@@ -9,7 +9,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/huge_pages.h"
 #include "focal_loss/focal_loss_blocks.h"
 #include "focal_loss/multilevel_focal_loss_args.h"
 
@@ -126,6 +125,7 @@ void run_parts(const std::vector<LevelImage<T>>& parts, std::vector<double>& ima
     } else {
       run_baseline(body, first, last);
     }
+    if (parts.front().work.streams) stream_fence();
   });
   if (!sums(kTask)) return;
   for (const LevelImage<T>& part : parts) {
@@ -146,7 +146,7 @@ std::vector<double> image_scales(const MultilevelArgs& args) {
 
 template <typename T>
 LevelImage<T> describe(const MultilevelArgs& args, const FocalLevel& level, int64_t image, Tensor* gradient,
-                       double grad_scale) {
+                       size_t gradient_bytes, double grad_scale) {
   const int64_t k = args.num_classes;
   const int64_t size = level.logits.element_size();
   const int64_t target_size = args.targets.element_size();
@@ -167,8 +167,8 @@ LevelImage<T> describe(const MultilevelArgs& args, const FocalLevel& level, int6
                  (image * args.num_anchors + level.first_anchor) * target_size;
   work.target_type = args.targets.scalar_type();
   if (gradient != nullptr) {
-    work.result = static_cast<char*>(gradient->mutable_data_ptr()) + image * level.rows() * k * size;
-    work.result_type = args.type;
+    set_result(work, static_cast<char*>(gradient->mutable_data_ptr()) + image * level.rows() * k * size, args.type,
+               gradient_bytes);
   }
   work.grad_scale = static_cast<T>(grad_scale);
   work.gamma = finite_cast<T>(args.gamma);
@@ -183,6 +183,10 @@ LevelImage<T> describe(const MultilevelArgs& args, const FocalLevel& level, int6
 template <FocalTask kTask, typename T>
 double run(const MultilevelArgs& args, double upstream, std::vector<Tensor>& gradients) {
   const std::vector<double> scales = image_scales<T>(args);
+  size_t gradient_bytes = 0;
+  for (const Tensor& gradient : gradients) {
+    gradient_bytes += static_cast<size_t>(gradient.numel()) * gradient.element_size();
+  }
   std::vector<LevelImage<T>> parts;
   for (size_t l = 0; l < args.levels.size(); ++l) {
     const FocalLevel& level = args.levels[l];
@@ -192,7 +196,7 @@ double run(const MultilevelArgs& args, double upstream, std::vector<Tensor>& gra
       prefer_huge_pages(gradient->mutable_data_ptr(), static_cast<size_t>(gradient->numel()) * gradient->element_size());
     }
     for (int64_t image = 0; image < args.batch; ++image) {
-      parts.push_back(describe<T>(args, level, image, gradient, upstream * scales[image]));
+      parts.push_back(describe<T>(args, level, image, gradient, gradient_bytes, upstream * scales[image]));
       const LevelImage<T>* before = parts.size() > 1 ? &parts[parts.size() - 2] : nullptr;
       parts.back().first_chunk = before != nullptr ? before->first_chunk + before->chunks() : 0;
     }
