@@ -343,6 +343,7 @@ class Finder:
         tokens = self.source.tokens
         number = tokens[i + 1]
         binary = tokens[i - 1].kind in ("name", "number") or tokens[i - 1].text in (")", "]")
+        binary |= tokens[i - 1].text == ">" and i - 1 not in self.source.comparisons  # of a template
         if not binary or not re.fullmatch(r"\d+[uUlL]*", number.text) or tokens[i - 1].text == "return":
             return
         if self.source.is_floating(self.source.operand(i, -1)):
