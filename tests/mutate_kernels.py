@@ -1,6 +1,6 @@
 """Mutation proof of the CUDA kernels: without one of its barriers, or with a bound shifted by one, a test must fail.
 
-    python tests/mutate_kernels.py                                  # every kernel: about half an hour on two cores
+    python tests/mutate_kernels.py                                  # every kernel: more than an hour on two cores
     python tests/mutate_kernels.py --only focal_loss_kernel.cuh:__syncthreads
     python tests/mutate_kernels.py --list                           # what would be changed, and what is left out
 
