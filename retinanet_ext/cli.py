@@ -1,8 +1,8 @@
 """The command `retinanet-ext`: train, val, predict, demo, env.
 
-Exit status: 0 done; 1 the command failed, with the reason on standard error; 2 wrong arguments; 130
-interrupted. The extras of training are imported by the commands that use them, so `--help` and `env` need
-none.
+Exit status: 0 done; 1 the command failed, with the reason on standard error; 2 arguments that are missing,
+contradict each other or have a wrong value, before anything is written; 130 interrupted. The extras of training
+are imported by the commands that use them, so `--help` and `env` need none.
 """
 
 import argparse
@@ -18,8 +18,11 @@ _DATA_HELP = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status. Wrong arguments raise SystemExit(2), as argparse does."""
+    """Run one command; the exit status. What argparse itself refuses raises SystemExit(2), as it does."""
     arguments = make_parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        # A log that is followed (`| tee`, nohup) gets each line when it is printed, not 8 KiB later.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         from retinanet_ext.engine import commands
 
@@ -32,7 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None or os.environ.get("RETINANET_EXT_TRACEBACK"):
             raise
         print(f"retinanet-ext {arguments.command}: error: {message}", file=sys.stderr)
-        return 1
+        return _status(error)
+
+
+def _status(error: Exception) -> int:
+    from retinanet_ext.engine.settings import UsageError
+
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def _readable(error: Exception) -> str | None:
@@ -41,14 +50,22 @@ def _readable(error: Exception) -> str | None:
 
     from retinanet_ext.data.extras import MissingExtraError
     from retinanet_ext.engine.loop import TrainingError
+    from retinanet_ext.engine.settings import SettingError
 
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory: try a smaller --batch-size or --min-size ({str(error).splitlines()[0]})"
+    if isinstance(error, SettingError):
+        return f"{', '.join(map(_option, error.names))}: {error.text}"
     if isinstance(error, ValueError | TrainingError | MissingExtraError):
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     return None
+
+
+def _option(setting: str) -> str:
+    """The option of a setting of a run."""
+    return {"validate_every": "--val-every", "verify": "--check-images"}.get(setting, f"--{setting.replace('_', '-')}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,7 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
         "  retinanet-ext demo\n"
         "  retinanet-ext train VOCdevkit/VOC2012 --arch resnet50 --epochs 12\n"
         "  retinanet-ext predict runs/train/weights/best.pt photos/\n"
-        "Each command has its own --help. RETINANET_EXT_TRACEBACK=1 shows where an error came from.",
+        "Each command has its own --help. Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.\n"
+        "RETINANET_EXT_TRACEBACK=1 shows where an error came from.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -71,13 +89,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, summary: str, examples: str, description: str = "") -> argparse.ArgumentParser:
+def _command(
+    commands, name: str, summary: str, examples: str, description: str = "", **options
+) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
         help=summary,
         description=textwrap.fill(description or summary[0].upper() + summary[1:] + ".", 80),
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
     )
     return command
 
@@ -96,42 +117,40 @@ def _add_train(commands) -> None:
         "row), steps.csv, results.png, problems.txt, weights/last.pt (the whole state, for --resume), "
         "weights/best.pt (the model of the best validation AP), and of the best epoch "
         "metrics.json, per_class.csv, PR_curve.png and detections.json.",
+        # Defaults are TrainConfig's: what is not typed is not there, so that --resume knows what was asked of it.
+        argument_default=argparse.SUPPRESS,
     )
     command.add_argument("data", nargs="?", help=_DATA_HELP)
     data = command.add_argument_group("data")
     data.add_argument("--images", metavar="DIR", help="the images of a COCO json, if they are not beside it")
-    data.add_argument("--split", default="train", help="name of the training split (default: train)")
+    data.add_argument("--split", help="name of the training split (default: train)")
     data.add_argument("--val-data", metavar="DATA", help="the validation set, if it is not in DATA")
     data.add_argument("--val-images", metavar="DIR", help="the images of --val-data (default: --images)")
-    data.add_argument("--val-split", default="val", help="name of the validation split (default: val)")
+    data.add_argument("--val-split", help="name of the validation split (default: val)")
     data.add_argument("--no-val", action="store_true", help="train without a validation set")
     data.add_argument(
         "--val-every",
+        dest="validate_every",
         type=int,
-        default=1,
         metavar="N",
         help="validate every N epochs and after the last (default: 1)",
     )
     _add_checks(data)
     model = command.add_argument_group("model")
-    model.add_argument("--arch", default="resnet50", choices=("resnet18", "resnet34", "resnet50", "resnet101"))
-    model.add_argument("--norm", default="batch", choices=("batch", "frozen_batch", "group"), help="(default: batch)")
+    model.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "resnet101"), help="(default: resnet50)")
+    model.add_argument("--norm", choices=("batch", "frozen_batch", "group"), help="(default: batch)")
     model.add_argument(
         "--min-size",
         type=int,
         nargs="+",
-        default=[800],
         metavar="PX",
         help="side the shorter image side is resized to; of several, each batch draws one (default: 800)",
     )
-    model.add_argument(
-        "--max-size", type=int, default=1333, metavar="PX", help="limit of the longer side (default: 1333)"
-    )
+    model.add_argument("--max-size", type=int, metavar="PX", help="limit of the longer side (default: 1333)")
     model.add_argument(
         "--anchor-sizes",
         type=float,
         nargs=5,
-        default=[32, 64, 128, 256, 512],
         metavar="PX",
         help="smallest anchor side of the levels P3 to P7, in pixels of the resized image (default: 32 64 "
         "128 256 512); each level has it times 1, 1.26 and 1.59",
@@ -140,14 +159,13 @@ def _add_train(commands) -> None:
         "--aspect-ratios",
         type=float,
         nargs="+",
-        default=[0.5, 1.0, 2.0],
         metavar="R",
         help="height / width of the anchors (default: 0.5 1 2)",
     )
     recipe = command.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, help="(default: 12)")
-    recipe.add_argument("--batch-size", type=int, default=4, metavar="N", help="images a step (default: 4)")
-    recipe.add_argument("--optimizer", default="adamw", choices=("adamw", "sgd"), help="(default: adamw)")
+    recipe.add_argument("--batch-size", type=int, metavar="N", help="images a step (default: 4)")
+    recipe.add_argument("--optimizer", choices=("adamw", "sgd"), help="(default: adamw)")
     recipe.add_argument(
         "--lr", type=float, help="learning rate (default: 3e-4 for adamw, 0.01 x batch size / 16 for sgd)"
     )
@@ -156,9 +174,8 @@ def _add_train(commands) -> None:
     )
     recipe.add_argument(
         "--schedule",
-        default="cosine",
         choices=("cosine", "step"),
-        help="step: a tenth at 8/12 and 11/12 of the run",
+        help="step: a tenth at 8/12 and 11/12 of the run (default: cosine)",
     )
     recipe.add_argument(
         "--warmup-steps",
@@ -172,17 +189,16 @@ def _add_train(commands) -> None:
         metavar="X",
         help="limit of the gradient's norm, 0 for none (default: 1 for adamw, none for sgd)",
     )
-    recipe.add_argument(
-        "--hflip", type=float, default=0.5, metavar="P", help="chance of a left-right flip (default: 0.5)"
-    )
-    recipe.add_argument(
-        "--vflip", type=float, default=0.0, metavar="P", help="chance of a top-bottom flip (default: 0)"
-    )
-    recipe.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    recipe.add_argument("--hflip", type=float, metavar="P", help="chance of a left-right flip (default: 0.5)")
+    recipe.add_argument("--vflip", type=float, metavar="P", help="chance of a top-bottom flip (default: 0)")
+    recipe.add_argument("--seed", type=int, help="(default: 0)")
     run = command.add_argument_group("run")
-    run.add_argument("--run-dir", metavar="DIR", help="the run folder (default: runs/train, runs/train2, ...)")
+    run.add_argument(
+        "--run-dir", default=None, metavar="DIR", help="the run folder (default: runs/train, runs/train2, ...)"
+    )
     run.add_argument(
         "--resume",
+        default=None,
         metavar="RUN",
         help="go on with the run in this folder after its last finished epoch, or from the start if there is none, "
         "with its own arguments; only --epochs, --device and --workers can be changed",
@@ -191,7 +207,6 @@ def _add_train(commands) -> None:
     run.add_argument(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="memory layout of images and weights; the faster one on most machines (default: yes)",
     )
 
@@ -213,6 +228,7 @@ def _add_val(commands) -> None:
     command.add_argument("--batch-size", type=int, default=4, metavar="N", help="(default: 4)")
     command.add_argument("--run-dir", metavar="DIR", help="where results go (default: runs/val, runs/val2, ...)")
     _add_checks(command)
+    command.set_defaults(verify="header")
     _add_machine(command)
 
 
@@ -277,7 +293,7 @@ def _add_env(commands) -> None:
 def _add_checks(group) -> None:
     group.add_argument(
         "--check-images",
-        default="header",
+        dest="verify",
         choices=("header", "decode"),
         help="what to verify of each image before the start: its header (quick) or all its pixels; broken "
         "pixels found later are reported and skipped (default: header)",
@@ -301,6 +317,5 @@ def _add_machine(group, workers: bool = True) -> None:
     group.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
-        default=None,
         help="bf16 autocast (default: on GPUs of compute capability 8.0 or more, else off)",
     )

@@ -5,6 +5,7 @@ Run as a program, it answers requests, a line of JSON each, on standard input an
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -16,35 +17,49 @@ from itertools import accumulate
 from pathlib import Path
 
 PLAIN, SANITIZED = "plain", "sanitized"
-ALL, QUICK, REST = "all", "quick", "rest"
+ALL, KILLERS, QUICK, REST = "all", "killers", "quick", "rest"
 QUICK_SHARE = 0.3
 NOTHING_TO_RUN = 5  # pytest's status
+PATIENCE = 3  # periods of silence granted to a process that computes little
 
 
 class Observer:
     """A pytest plugin: gives the tests the mutated modules, runs the quickest first and reports each.
 
-    ``part``: all tests; or "quick", those that together take three tenths of the time; or "rest", the others.
+    ``part``: all tests, and each reports the mutants that it reaches; or, of ``only`` where they are given, "killers",
+    those that the request names; or, without these, "quick", the tests that together take three tenths of the time, or
+    "rest", the others.
     """
 
-    def __init__(self, libraries: dict[str, str], seconds: dict[str, float], part: str, report):
-        self.libraries = libraries
-        self.seconds = seconds
-        self.part = part
+    def __init__(self, request: dict, report):
+        self.libraries = request["libraries"]
+        self.seconds = request["seconds"]
+        self.part = request["part"]
+        self.killers = request.get("killers", [])
+        self.only = request.get("only")
         self.report = report
+        self.mutants = request.get("mutants", 0)
+        self.reached: list = []  # of each library, where the mutants are noted: a byte for each of their numbers
 
     def pytest_collection_modifyitems(self, config, items):
         for plugin in config.pluginmanager.get_plugins():
             if hasattr(plugin, "build_test_module"):  # tests/conftest.py
                 plugin.build_test_module = self.load
+        if self.only is not None:
+            items[:] = [item for item in items if item.nodeid in self.only]
         of_file: dict[Path, float] = {}
         for item in items:
             of_file[item.path] = of_file.get(item.path, 0.0) + self.seconds.get(item.nodeid, 0.0)
         items.sort(key=lambda item: (of_file[item.path], self.seconds.get(item.nodeid, 0.0)))
         if self.part != ALL:
             until = list(accumulate(self.seconds.get(item.nodeid, 0.0) for item in items))
-            quick = sum(time <= QUICK_SHARE * until[-1] for time in until)
-            items[:] = items[:quick] if self.part == QUICK else items[quick:]
+            quick = sum(time <= QUICK_SHARE * until[-1] for time in until) if items else 0
+            if self.part == KILLERS:
+                by_id = {item.nodeid: item for item in items}
+                items[:] = [by_id[killer] for killer in self.killers if killer in by_id]
+            else:
+                part = items[:quick] if self.part == QUICK else items[quick:]
+                items[:] = [item for item in part if item.nodeid not in self.killers]
 
     def load(self, target: str):
         import importlib.util
@@ -53,18 +68,37 @@ class Observer:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self.report(loaded=target)
+        if self.mutants:
+            library = ctypes.CDLL(module.__file__)  # as it has been loaded: the same memory
+            self.reached.append((ctypes.c_ubyte * (self.mutants + 1)).in_dll(library, "rnx_reached_mutants"))
         return module
 
     def pytest_runtest_logstart(self, nodeid):
         self.report(start=nodeid)
 
+    def take_reached(self) -> list[int]:
+        """Numbers of the mutants reached since the last call."""
+        numbers = {number for noted in self.reached for number, is_reached in enumerate(noted) if is_reached}
+        for noted in self.reached:
+            ctypes.memset(noted, 0, ctypes.sizeof(noted))
+        return sorted(numbers)
+
     def pytest_runtest_logreport(self, report):
+        if reached := self.take_reached():
+            # What a fixture reaches may serve every test of the file.
+            self.report(reached=reached, by=report.nodeid if report.when == "call" else report.nodeid.split("::")[0])
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             message = crash.message if crash else str(report.longrepr)
             self.report(failed=report.nodeid, why=message.strip().splitlines()[0][:200])
         elif report.when == "call":
             self.report(passed=report.nodeid, seconds=report.duration)
+
+
+def cpu_seconds(process: int) -> float:
+    """What a process has computed so far, its own threads included."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run_in_fork(request: dict) -> dict:
@@ -85,20 +119,29 @@ def run_in_fork(request: dict) -> dict:
             def report(**message):
                 os.write(writer, json.dumps(message).encode() + b"\n")
 
-            observer = Observer(request["libraries"], request["seconds"], request["part"], report)
+            os.environ["RETINANET_EXT_MUTANT"] = str(request.get("mutant", 0))  # tests/emulator/mutants.h
+            observer = Observer(request, report)
             options = ["-q", "--import-mode=importlib", "--capture=sys", "-p", "no:cacheprovider", "--tb=short"]
             status = int(pytest.main(["-x", *options, *request["tests"]], plugins=[observer]))
             report(finished=status)
         finally:
             os._exit(status)
     os.close(writer)
-    reply = {"outcome": "crashed", "test": "", "why": "", "seconds": {}, "loaded": []}
+    reply = {"outcome": "crashed", "test": "", "why": "", "seconds": {}, "loaded": [], "reached": {}}
     pending = b""
+    longest = max(request["seconds"].values(), default=0.0)
+    computed, waited = 0.0, 0  # at the last word; periods without one
     while True:
-        if not select.select([reader], [], [], request["silence"])[0]:
+        silence = request["silence"] * (1 + request["seconds"].get(reply["test"], longest))
+        if not select.select([reader], [], [], silence)[0]:
+            waited += 1
+            # On a busy machine, or stopped for a while, it may have had no time to compute.
+            if waited < PATIENCE and cpu_seconds(child) - computed < silence / 2:
+                continue
             os.kill(child, signal.SIGKILL)
-            reply |= {"outcome": "hung", "why": f"silent for {request['silence']:.0f} s"}
+            reply |= {"outcome": "hung", "why": f"silent for {silence:.0f} s"}
             break
+        computed, waited = cpu_seconds(child), 0
         received = os.read(reader, 1 << 16)
         if not received:
             break
@@ -109,6 +152,8 @@ def run_in_fork(request: dict) -> dict:
                 reply["test"] = message["start"]
             elif "passed" in message:
                 reply["seconds"][message["passed"]] = message["seconds"]
+            elif "reached" in message:
+                reply["reached"].setdefault(message["by"], set()).update(message["reached"])
             elif "loaded" in message:
                 reply["loaded"].append(message["loaded"])
             elif "failed" in message and reply["outcome"] != "failed":
@@ -116,6 +161,7 @@ def run_in_fork(request: dict) -> dict:
             elif "finished" in message and reply["outcome"] == "crashed":
                 nothing = message["finished"] == NOTHING_TO_RUN and request["part"] != ALL
                 reply["outcome"] = "passed" if message["finished"] == 0 or nothing else "error"
+    reply["reached"] = {by: sorted(numbers) for by, numbers in reply["reached"].items()}
     os.close(reader)
     status = os.waitpid(child, 0)[1]
     if reply["outcome"] in ("crashed", "error"):

@@ -297,7 +297,7 @@ class Finder:
             return self._leave(token, "floating point: mathematics")
         if token.text == "!=" and [t.text for t in right] == ["0"]:
             return self._leave(token, "asks whether, not how far")
-        if re.search(r"\w ?:: ?k[A-Z]", " ".join(t.text for t in left + right)):
+        if token.text in ("==", "!=") and re.search(r"\w ?:: ?k[A-Z]", " ".join(t.text for t in left + right)):
             return self._leave(token, "an enumerator")
         for shifted in SHIFTS[token.text]:
             if shifted in EQUAL_AT_THE_BOUND and self._chooses_between(i, left, right):

@@ -19,94 +19,37 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import re
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from forked_tests import ALL, PLAIN, QUICK, REST, SANITIZED, Server
-from kernel_mutants import LeftOut, Mutant, find_mutants
+from forked_tests import ALL, KILLERS, PLAIN, QUICK, REST, SANITIZED, Server
+from kernel_mutants import Mutant
+from mutant_builds import (
+    MODES,
+    Compiler,
+    Module,
+    SwitchedTree,
+    copy_tree,
+    find_all,
+    find_modules,
+    first_error,
+    modules_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-MODES = (PLAIN, SANITIZED)
 # What a mutant meets, one after the other: most die of the first.
-STAGES = [(PLAIN, QUICK), (SANITIZED, QUICK), (PLAIN, REST), (SANITIZED, REST)]
+STAGES = [(mode, part) for part in (KILLERS, QUICK, REST) for mode in MODES]
+KILLER_COUNT = 6  # tests of the stage of killers
+SILENCE = 20.0  # seconds, and as many times what it takes, after which a test without a word hangs
 EXCEPTIONS = Path(__file__).with_name("mutation_exceptions.json")
-
-
-@dataclass(frozen=True)
-class Module:
-    """An emulator module: its name, the headers it includes and the tests that use it."""
-
-    target: str
-    source: str
-    headers: frozenset[str]
-    tests: tuple[str, ...]
-
-
-def included_headers(root: Path, file: str) -> set[str]:
-    """The project's headers that a file includes, directly or not."""
-    found: set[str] = set()
-    waiting = [file]
-    while waiting:
-        path = waiting.pop()
-        for name in re.findall(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', (root / path).read_text(), re.M):
-            for folder in (Path(path).parent, Path("csrc"), Path("tests/emulator")):
-                header = os.path.normpath(folder / name)
-                if (root / header).is_file():
-                    if header not in found:
-                        found.add(header)
-                        waiting.append(header)
-                    break
-    return found
-
-
-def find_modules(root: Path) -> list[Module]:
-    """The emulator modules; a test file belongs to a module when it names it."""
-    texts = {path.relative_to(root).as_posix(): path.read_text() for path in sorted(root.glob("tests/test_*.py"))}
-    modules = []
-    for path in sorted(root.glob("tests/emulator/*_module.cpp")):
-        target = re.search(r"PYBIND11_MODULE\((\w+)", path.read_text())[1]
-        source = path.relative_to(root).as_posix()
-        tests = tuple(test for test, text in texts.items() if f'"{target}"' in text)
-        modules.append(Module(target, source, frozenset(included_headers(root, source)), tests))
-    return modules
-
-
-def kernel_files(root: Path, modules: list[Module]) -> list[str]:
-    """The kernels, emulated or not, and the CUDA headers that the emulated ones include."""
-    kernels = {path.relative_to(root).as_posix() for path in root.glob("csrc/*/*_kernel.cuh")}
-    return sorted(kernels | {header for module in modules for header in module.headers if header.endswith(".cuh")})
-
-
-def modules_of(file: str, modules: list[Module]) -> list[Module]:
-    """The modules that include a file, first the one of the file's own name."""
-    own = Path(file).name.replace("_kernel.cuh", "_module.cpp")
-    return sorted((m for m in modules if file in m.headers), key=lambda module: Path(module.source).name != own)
-
-
-def find_all(root: Path, modules: list[Module]) -> tuple[list[Mutant], list[LeftOut]]:
-    mutants: list[Mutant] = []
-    left_out: list[LeftOut] = []
-    files = kernel_files(root, modules)
-    callers = "".join((root / path).read_text() for path in [*(m.source for m in modules), *files])
-    called = {name for name in re.findall(r"\b(\w+)(?:<[^;(){}]*>)?\(", callers) if callers.count(name) > 1}
-    for file in files:
-        of_file, without = find_mutants(file, (root / file).read_text(), called)
-        mutants += of_file
-        left_out += without
-    return mutants, left_out
 
 
 @dataclass
@@ -120,125 +63,82 @@ class Result:
 
 
 class Workshop:
-    """Temporary copies of the tree, the compiler's command lines, and the unchanged kernels' results."""
+    """Temporary copies of the tree, the modules with all mutants at once, and what is known of the tests."""
 
-    def __init__(self, root: Path, folder: Path, modules: list[Module]):
+    def __init__(self, root: Path, folder: Path, modules: list[Module], mutants: list[Mutant]):
         self.folder = folder
         self.modules = modules
-        self.origin = folder / "origin"
-        self._copy(root, self.origin)
-        self.commands = {mode: self._compile_commands(mode) for mode in MODES}
-        self.libraries: dict[str, dict[str, str]] = {}  # the unchanged kernels', by mode and target
+        self.origin = copy_tree(root, folder / "origin")
+        self.compiler = Compiler(self.origin, folder)
+        self.switched = SwitchedTree(self.compiler, folder / "switched", mutants)
+        self.libraries: dict[str, dict[str, str]] = {}  # by mode and target
         self.seconds: dict[str, float] = {}  # of each test, plain
-        self.proven: set[tuple[str, str]] = set()
+        self.reached: dict[str, set[int]] = {}  # by test, or file where a fixture did: the mutants it comes across
+        self.kills: list[tuple[Mutant, str]] = []  # mutants and the tests they died of
         self.locks = {mode: threading.Lock() for mode in MODES}
 
-    @staticmethod
-    def _copy(source: Path, target: Path) -> None:
-        for name in ("csrc", "tests"):
-            shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("CMakeLists.txt", "pyproject.toml"):
-            shutil.copy(source / name, target / name)
-
     def copy(self, name: str) -> Path:
-        self._copy(self.origin, self.folder / name)
-        return self.folder / name
+        return copy_tree(self.origin, self.folder / name)
 
-    def _compile_commands(self, mode: str) -> dict[str, list[str]]:
-        """By module source: CMake's own command line, but as quick to compile as the emulator stays quick to run."""
-        import pybind11
-
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        tools = {name: shutil.which(name, path=path) or name for name in ("cmake", "ninja")}
-        build = self.folder / f"cmake_{mode}"
-        subprocess.run(
-            [
-                tools["cmake"],
-                f"-S{self.origin}",
-                f"-B{build}",
-                "-GNinja",
-                f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
-                f"-DCMAKE_CXX_COMPILER={shutil.which(os.environ.get('CXX', 'c++'))}",
-                "-DCMAKE_BUILD_TYPE=Release",
-                "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-                "-DRETINANET_EXT_TESTS=ON",
-                f"-DRETINANET_EXT_SANITIZE={int(mode == SANITIZED)}",
-                f"-DRETINANET_EXT_PYTHON_INCLUDE={sysconfig.get_path('include')}",
-                f"-DRETINANET_EXT_PYBIND11_INCLUDE={pybind11.get_include()}",
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        commands = {}
-        for entry in json.loads((build / "compile_commands.json").read_text()):
-            arguments = shlex.split(entry["command"])
-            arguments = arguments[: arguments.index("-o")]
-            arguments = [argument for argument in arguments if not re.fullmatch(r"-(O.|g|W.*)", argument)]
-            commands[os.path.relpath(entry["file"], self.origin)] = [*arguments, "-Og", "-w", "-shared"]
-        return commands
-
-    def compile(self, tree: Path, module: Module, mode: str) -> tuple[str, str]:
-        """Path of the module built from a tree, and the compiler's first error (empty: there was none)."""
-        library = tree / f"{module.target}.{mode}.so"
-        library.unlink(missing_ok=True)
-        command = [a.replace(str(self.origin), str(tree)) for a in self.commands[mode][module.source]]
-        command += ["-o", str(library), str(tree / module.source)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        error = re.search(r"error: (.*)", done.stderr)
-        return str(library), "" if done.returncode == 0 else error[1] if error else done.stderr[-500:]
-
-    def prove(self, mode: str, part: str) -> dict[str, str]:
-        """The unchanged kernels' modules, by target. The first time, they must compile and pass this part of the tests.
-
-        All tests, plain, come first: their times part the quick from the rest in both modes.
-        """
+    def prove(self, mode: str) -> dict[str, str]:
+        """The modules, by target. The first time, they must compile, and with no mutant chosen pass all their tests."""
         with self.locks[mode]:
             if mode not in self.libraries:
-                self.libraries[mode] = self._compile_unchanged(mode)
-            if (mode, part) not in self.proven:
                 start = time.monotonic()
-                count = self._test_unchanged(mode, part)
-                self.proven |= {(mode, part)} | ({(mode, QUICK), (mode, REST)} if part == ALL else set())
-                print(f"unchanged, {mode}: {count} tests ({part}) pass, {time.monotonic() - start:.0f} s", flush=True)
+                libraries = {module.target: self.switched.build(module, mode) for module in self.modules}
+                compiled = time.monotonic()
+                count = self._test_unchanged(mode, libraries)
+                print(
+                    f"unchanged, {mode}: compiled in {compiled - start:.0f} s; "
+                    f"{count} tests pass, {time.monotonic() - compiled:.0f} s",
+                    flush=True,
+                )
+                self.libraries[mode] = libraries
         return self.libraries[mode]
 
-    def _compile_unchanged(self, mode: str) -> dict[str, str]:
-        tree = self.copy(f"unchanged_{mode}")
-        libraries = {}
-        for module in self.modules:
-            libraries[module.target], error = self.compile(tree, module, mode)
-            if error:
-                raise SystemExit(f"the unchanged {module.target} does not compile ({mode}): {error}")
-        return libraries
-
-    def _test_unchanged(self, mode: str, part: str) -> int:
-        tree = self.folder / f"unchanged_{mode}"
-        server = Server(mode, tree)
+    def _test_unchanged(self, mode: str, libraries: dict[str, str]) -> int:
+        server = Server(mode, self.switched.tree)
         count = 0
         for module in self.modules:
             reply = server.run(
-                tree=str(tree),
+                tree=str(self.switched.tree),
                 tests=module.tests,
-                part=part,
-                libraries=self.libraries[mode],
+                part=ALL,
+                mutants=self.switched.most if mode == PLAIN else 0,
+                libraries=libraries,
                 seconds=self.seconds,
                 silence=600.0,
             )
-            if reply["outcome"] != "passed" or (part == ALL and module.target not in reply["loaded"]):
+            if reply["outcome"] != "passed" or module.target not in reply["loaded"]:
                 raise SystemExit(
                     f"the unchanged kernels do not pass ({mode}, {', '.join(module.tests)}): "
                     f"{reply['outcome']} {reply['test']} {reply['why']}"
                 )
             count += len(reply["seconds"])
-            if part == ALL:
+            if mode == PLAIN:
                 self.seconds |= reply["seconds"]
+                for by, numbers in reply["reached"].items():
+                    self.reached.setdefault(by, set()).update(numbers)
         server.close()
         return count
 
-    @property
-    def silence(self) -> float:
-        """Seconds after which a test without a word hangs."""
-        return 20 + 20 * max(self.seconds.values(), default=0.0)
+    def tests_of(self, mutant: Mutant) -> list[str] | None:
+        """The tests that reach a mutant's place, the only ones that it can change; None where that is unknown."""
+        number = self.switched.numbers.get(mutant)
+        if number is None:
+            return None
+        reaching = {by for by, numbers in self.reached.items() if number in numbers}
+        return [test for test in self.seconds if test in reaching or test.split("::")[0] in reaching]
+
+    def killers(self, mutant: Mutant) -> list[str]:
+        """Tests that others of its function, then of its file, died of: those that killed most, and their latest."""
+        chosen: list[str] = []
+        for alike in ("function", "file"):
+            counts = Counter(test for other, test in self.kills if getattr(other, alike) == getattr(mutant, alike))
+            chosen += [test for test, _ in counts.most_common(KILLER_COUNT // 2) if test not in chosen]
+        if self.kills and self.kills[-1][1] not in chosen:
+            chosen.append(self.kills[-1][1])
+        return chosen[:KILLER_COUNT]
 
 
 class Worker:
@@ -259,27 +159,40 @@ class Worker:
         finally:
             path.write_text(original)
         result.seconds = time.monotonic() - start
+        if result.outcome == "killed":
+            self.workshop.kills.append((mutant, result.test))
         return result
 
     def _judge(self, mutant: Mutant) -> Result:
-        built: dict[tuple[str, str], str] = {}
-        for mode, part in STAGES:
-            libraries = self.workshop.prove(mode, part)
+        alone: dict[tuple[str, str], str] = {}  # libraries of this mutant, where it is not among the others
+        killers = self.workshop.killers(mutant)
+        only = self.workshop.tests_of(mutant)
+        if only == []:
+            return Result(mutant, "survived", why="no test reaches it")
+        for mode, part in STAGES if killers else STAGES[len(MODES) :]:
+            libraries = self.workshop.prove(mode)
+            number = self.workshop.switched.numbers.get(mutant)
             for module in modules_of(mutant.file, self.workshop.modules):
-                if (mode, module.target) not in built:
-                    library, error = self.workshop.compile(self.tree, module, mode)
-                    if error:
-                        return Result(mutant, "does not compile", mode, module.target, error)
-                    built[mode, module.target] = library
+                wanted = killers if part == KILLERS else only
+                if wanted is not None and not any(test.startswith(module.tests) for test in wanted):
+                    continue
+                if number is None and (mode, module.target) not in alone:
+                    library, stderr = self.workshop.compiler.compile(self.tree, module, mode)
+                    if stderr:
+                        return Result(mutant, "does not compile", mode, module.target, first_error(stderr))
+                    alone[mode, module.target] = library
                 if mode not in self.servers:
                     self.servers[mode] = Server(mode, self.tree)
                 reply = self.servers[mode].run(
                     tree=str(self.tree),
                     tests=module.tests,
                     part=part,
-                    libraries={**libraries, module.target: built[mode, module.target]},
+                    killers=killers,
+                    only=only,
+                    mutant=number or 0,
+                    libraries=libraries | {target: path for (of, target), path in alone.items() if of == mode},
                     seconds=self.workshop.seconds,
-                    silence=self.workshop.silence,
+                    silence=SILENCE,
                 )
                 if reply["outcome"] == "error":
                     raise SystemExit(f"{mutant}: the tests could not be run: {reply['why']}")
@@ -310,7 +223,7 @@ def is_wanted(mutant: Mutant, only: list[str]) -> bool:
 
 
 def judge_all(workshop: Workshop, mutants: list[Mutant], jobs: int, show) -> list[Result]:
-    workshop.prove(PLAIN, ALL)
+    workshop.prove(PLAIN)  # the times of the tests part the quick from the rest
     workers: SimpleQueue[Worker] = SimpleQueue()
     made = [Worker(workshop, f"worker_{i}") for i in range(jobs)]
     for worker in made:
@@ -393,7 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutate_kernels_") as folder:
         used = [module for module in modules if any(module in modules_of(mutant.file, modules) for mutant in tried)]
-        results = judge_all(Workshop(ROOT, Path(folder), used), tried, options.jobs, show)
+        workshop = Workshop(ROOT, Path(folder), used, everything)
+        results = judge_all(workshop, tried, options.jobs, show)
     wrong = [r for r in results if r.outcome == "killed" and r.mutant.key in exceptions]
     for result in results:
         if result.outcome == "survived" and result.mutant.key in exceptions:

@@ -1,11 +1,14 @@
-"""box_regression_loss against loops in float64, and against torchvision's losses."""
+"""box_regression_loss against loops in float64, and against torchvision's losses.
+
+Autograd, transforms, torch.compile and opcheck: test_box_loss_autograd.py.
+"""
 
 import math
 
 import pytest
 import torch
 
-from retinanet_ext import box_regression_loss, match_anchors
+from retinanet_ext import box_regression_loss, match_anchors, reference
 
 GRIDS = [(4, 6), (2, 3), (1, 2)]
 NUM_CELL_ANCHORS = 3
@@ -235,6 +238,161 @@ def test_beta_of_zero_is_l1():
     levels, anchors, gt_boxes, matched = make_case()
     smooth = box_regression_loss(levels, anchors, gt_boxes, matched, "smooth_l1", 0.0)
     assert torch.equal(smooth, box_regression_loss(levels, anchors, gt_boxes, matched, "l1"))
+
+
+def loss_and_gradients(function, levels, *arguments, **options):
+    leaves = [level.detach().requires_grad_() for level in levels]
+    loss = function(leaves, *arguments, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [lambda level: level, as_channels_last, as_rows, as_strided])
+@pytest.mark.parametrize(("loss", "beta"), LOSSES)
+def test_as_near_to_float64_as_the_reference(loss, beta, layout, dtype):
+    """Gradients of the l1 loss equal the reference's to the bit: signs over a normalizer that is a power of two."""
+    levels, anchors, gt_boxes, matched = make_case(dtype)
+    levels = [layout(level) for level in levels]
+    arguments = (anchors, gt_boxes, matched, loss, beta, (10.0, 10.0, 5.0, 5.0), torch.tensor([2.0, 4.0, 8.0]))
+    found, gradients = loss_and_gradients(box_regression_loss, levels, *arguments)
+    peer, peer_gradients = loss_and_gradients(reference.box_regression_loss, levels, *arguments)
+    if dtype == torch.float64:
+        exact, exact_gradients, least = peer, peer_gradients, 1e-13
+    else:
+        wide = [level.double() for level in levels]
+        exact, exact_gradients = loss_and_gradients(reference.box_regression_loss, wide, *arguments)
+        least = torch.finfo(torch.float32).eps
+    assert found.dtype == peer.dtype
+    assert abs(found.double() - exact) <= 2 * abs(peer.double() - exact) + least * abs(exact)
+    for one, other, true, level in zip(gradients, peer_gradients, exact_gradients, levels, strict=True):
+        assert one.dtype == level.dtype
+        assert one.shape == level.shape
+        assert torch.equal(one == 0, true == 0)
+        if loss == "l1":
+            assert torch.equal(one, other)
+        error, peer_error = ((value.double() - true).abs().max() for value in (one, other))
+        assert error <= 2 * peer_error + least * true.abs().max()
+
+
+def test_gradients_lie_as_their_levels():
+    levels, anchors, gt_boxes, matched = make_case()
+    levels = [as_channels_last(levels[0]), levels[1], as_strided(levels[2])]
+    _, gradients = loss_and_gradients(box_regression_loss, levels, anchors, gt_boxes, matched)
+    assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+    assert gradients[1].is_contiguous()
+    assert gradients[2].is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", ["l1", "smooth_l1", "giou"])
+def test_same_bits_for_any_number_of_threads(num_threads, loss, dtype):
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randn(2, 36, height, width, generator=generator).to(dtype) for height, width in ((60, 80), (9, 7))]
+    count = 9 * (60 * 80 + 63)
+    anchors, gt_boxes = random_boxes(count, generator), [random_boxes(40, generator) for _ in range(2)]
+    matched = torch.randint(-20, 40, (2, count), generator=generator)
+    results = []
+    for threads in (1, 2, 3, 7):
+        num_threads(threads)
+        loss_value, gradients = loss_and_gradients(box_regression_loss, levels, anchors, gt_boxes, matched, loss)
+        results.append([loss_value, *gradients])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("anchor_type", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("box_type", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_anchors_and_boxes_of_any_type_are_computed_in_the_compute_type(dtype, box_type, anchor_type):
+    levels, anchors, gt_boxes, matched = make_case(dtype)
+    anchors, gt_boxes = anchors.to(anchor_type), [boxes.to(box_type) for boxes in gt_boxes]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = box_regression_loss(levels, anchors.to(compute), [boxes.to(compute) for boxes in gt_boxes], matched)
+    assert torch.equal(box_regression_loss(levels, anchors, gt_boxes, matched), expected)
+
+
+def test_strides_of_anchors_boxes_and_matches():
+    levels, anchors, gt_boxes, matched = make_case()
+    expected = box_regression_loss(levels, anchors, gt_boxes, matched)
+    anchors = torch.cat([anchors, anchors * math.nan], dim=1)[:, :4]
+    gt_boxes = [boxes.t().contiguous().t() for boxes in gt_boxes]
+    matched = torch.stack([matched, matched - 7], dim=-1)[..., 0]
+    assert torch.equal(box_regression_loss(levels, anchors, gt_boxes, matched), expected)
+    unaligned = torch.cat([torch.zeros(1), anchors.flatten()])[1:].view(-1, 4)
+    assert torch.equal(box_regression_loss(levels, unaligned, gt_boxes, matched), expected)
+
+
+def test_levels_without_cells_and_more_levels_than_a_launch_takes():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(i % 3, 2) for i in range(40)]
+    levels = [torch.randn(2, 12, height, width, generator=generator) for height, width in sizes]
+    count = 3 * sum(height * width for height, width in sizes)
+    anchors, gt_boxes = random_boxes(count, generator), [random_boxes(4, generator) for _ in range(2)]
+    matched = torch.randint(-4, 4, (2, count), generator=generator)
+    found = loss_and_gradients(box_regression_loss, levels, anchors, gt_boxes, matched)
+    expected = loss_and_gradients(reference.box_regression_loss, levels, anchors, gt_boxes, matched)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+
+
+def test_degenerate_boxes_are_encoded_as_the_reference_encodes_them():
+    """Infinite or NaN, the image's loss and the row's gradient with it; other images' gradients are not touched."""
+    levels, anchors, gt_boxes, matched = make_case()
+    gt_boxes[2][3, 2] = gt_boxes[2][3, 0]
+    gt_boxes[2][4, 2] = gt_boxes[2][4, 0] - 1
+    matched[2, 5], matched[2, 6] = 3, -1
+    for row in (3, 4):
+        matched[2, 6] = row
+        for loss in ("l1", "giou"):
+            found = loss_and_gradients(box_regression_loss, levels, anchors, gt_boxes, matched, loss)
+            expected = loss_and_gradients(reference.box_regression_loss, levels, anchors, gt_boxes, matched, loss)
+            torch.testing.assert_close(found[0], expected[0], equal_nan=True)
+            torch.testing.assert_close(found[1], expected[1], equal_nan=True)
+
+
+@pytest.mark.parametrize("loss", ["l1", "smooth_l1", "giou"])
+def test_nan_of_a_foreground_prediction_is_the_references(loss):
+    levels, anchors, gt_boxes, matched = make_case(torch.float64)
+    matched[0, 7] = 1
+    for channel in range(4):
+        broken = [level.clone() for level in levels]
+        broken[0][0, 4 + channel, 0, 2] = math.nan  # anchor 1 of cell 2: row 7
+        found, gradients = loss_and_gradients(box_regression_loss, broken, anchors, gt_boxes, matched, loss)
+        expected, truth = loss_and_gradients(reference.box_regression_loss, broken, anchors, gt_boxes, matched, loss)
+        assert found.isnan()
+        assert expected.isnan()
+        torch.testing.assert_close(gradients, truth, equal_nan=True)
+
+
+@pytest.mark.parametrize("wrong", [5, 2**31 - 1])
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_match_without_a_box_is_an_error(pack, wrong):
+    levels, anchors, gt_boxes, matched = make_case()
+    matched[0, 17] = wrong
+    arguments = dict(gt_boxes=gt_boxes)
+    if pack:
+        arguments = dict(gt_boxes=torch.cat(gt_boxes), gt_offsets=torch.tensor([0, 5, 5, 13], dtype=torch.int32))
+    leaves = [level.requires_grad_() for level in levels]
+    message = "matched names a row that gt_boxes lack: anchor 17 of image 0, which has 5 boxes"
+    with pytest.raises(RuntimeError, match=f"box_regression_loss: {message}"):
+        box_regression_loss(leaves, anchors, matched=matched, **arguments)
+
+
+@pytest.mark.parametrize("offsets", [[-1, 5, 5, 13], [0, 5, 4, 13], [0, 5, 5, 14]])
+def test_offsets_that_point_outside_are_an_error(offsets):
+    levels, anchors, gt_boxes, matched = make_case()
+    with pytest.raises(RuntimeError, match=r"gt_offsets must not fall, and lie in \[0, 13\], the rows of gt_boxes"):
+        box_regression_loss(
+            levels, anchors, torch.cat(gt_boxes), matched, gt_offsets=torch.tensor(offsets, dtype=torch.int32)
+        )
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0), torch.zeros(3)], ids=str)
+def test_a_normalizer_of_zero_is_infinite_or_nan(zero):
+    levels, anchors, gt_boxes, matched = make_case()
+    assert not box_regression_loss(levels, anchors, gt_boxes, matched, normalizer=zero).isfinite()
+    nothing = torch.full_like(matched, -1)
+    assert box_regression_loss(levels, anchors, gt_boxes, nothing, normalizer=zero).isnan()
 
 
 LEVELS, ANCHORS, GT_BOXES, MATCHED = make_case()

@@ -1,6 +1,9 @@
 """The command, end to end on a tiny data set: exit status, files, messages."""
 
+import dataclasses
+import io
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -13,6 +16,7 @@ for module in ("PIL.Image", "pycocotools", "matplotlib", "tqdm"):
 
 from retinanet_ext.cli import main, make_parser  # noqa: E402
 from retinanet_ext.data import generate_shapes  # noqa: E402
+from retinanet_ext.engine.config import TrainConfig  # noqa: E402
 
 TINY = [
     *("--arch", "resnet18", "--min-size", "32", "--max-size", "64", "--batch-size", "2", "--device", "cpu"),
@@ -52,6 +56,43 @@ def test_train_resumes_further(trained, tmp_path, capsys):
     assert len((tmp_path / "run" / "results.csv").read_text().splitlines()) == 3
 
 
+def test_train_ends_with_the_validation_of_its_best_epoch(trained, tmp_path, monkeypatch, capsys):
+    from retinanet_ext.engine import train
+
+    evaluate = train.evaluate
+    scores = iter((0.75, 0.25))
+
+    def scored(*args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        result.metrics["AP"] = result.per_class[0]["AP"] = next(scores)
+        return result
+
+    monkeypatch.setattr(train, "evaluate", scored)
+    shutil.copytree(trained, tmp_path / "run")
+    argv = ("train", "--resume", tmp_path / "run", "--epochs")
+    status, out, _ = run(capsys, *argv, "3")
+    assert status == 0
+    end = out[out.index("validation of epoch 2 of 3, whose weights best.pt holds:") :]
+    assert "AP 0.750" in end
+    assert "AP 0.250" not in end
+    assert f"weights: {tmp_path / 'run' / 'weights' / 'best.pt'} (epoch 2)" in end
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert f"AP50 {metrics['AP50']:5.3f}" in end
+    assert [line.split()[0] for line in end.splitlines()[3:7]] == ["disc", "square", "triangle", "star"]
+    assert end.splitlines()[3].split()[3] == "0.750"
+    # With no epoch left the table is that of the files.
+    status, out, _ = run(capsys, *argv, "3")
+    assert status == 0
+    assert out.endswith(end)
+
+
+def test_train_without_validation_ends_without_a_table(data, tmp_path, capsys):
+    status, out, _ = run(capsys, "train", data, "--epochs", "1", "--no-val", "--run-dir", tmp_path / "run", *TINY)
+    assert status == 0
+    assert "validation of epoch" not in out
+    assert "best.pt (epoch 1)" in out
+
+
 def test_val(trained, data, tmp_path, capsys):
     status, out, _ = run(
         capsys, "val", trained / "weights" / "best.pt", data, "--run-dir", tmp_path / "val", "--device", "cpu"
@@ -62,6 +103,21 @@ def test_val(trained, data, tmp_path, capsys):
     names = {path.name for path in (tmp_path / "val").iterdir()}
     assert names == {"problems.txt", "metrics.json", "per_class.csv", "detections.json", "PR_curve.png"}
     assert json.loads((tmp_path / "val" / "metrics.json").read_text())["images"] == 2
+
+
+def test_val_refuses_a_data_set_of_other_classes(trained, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "cells")
+    json_file = tmp_path / "cells" / "annotations" / "instances_val.json"
+    content = json.loads(json_file.read_text())
+    for category in content["categories"]:
+        category["name"] = f"cell{category['id']}"
+    json_file.write_text(json.dumps(content))
+    argv = ("val", trained, tmp_path / "cells", "--run-dir", tmp_path / "val", "--device", "cpu")
+    status, out, err = run(capsys, *argv)
+    assert status == 1
+    assert out == ""
+    assert "the model has disc, square, triangle, star; the data set has cell1, cell2, cell3, cell4" in err
+    assert not (tmp_path / "val").exists()
 
 
 def test_predict_on_folder_file_and_list(trained, data, tmp_path, capsys):
@@ -102,19 +158,14 @@ def test_predict_goes_on_past_an_unreadable_image(trained, data, tmp_path, capsy
     ("argv", "message"),
     [
         (["train", "/nowhere/at/all"], "/nowhere/at/all: no such file or folder"),
-        (["train"], "DATA is missing"),
-        (["train", "x", "--resume", "y"], "--resume takes DATA and --run-dir from the run"),
         (["train", "--resume", "/nowhere"], "not a run folder"),
-        (["train", "{data}", "--lr", "-1", "--run-dir", "{tmp}"], "lr: expected a number > 0, got -1.0"),
         (["train", "{data}", "--val-split", "no", "--run-dir", "{tmp}"], "--no-val trains without one"),
         (
             ["train", "{data}/annotations/instances_train.json", "--run-dir", "{tmp}"],
             "a json file holds one split",
         ),
-        (["train", "{data}", "--hflip", "2", "--run-dir", "{tmp}"], "expected a probability"),
         (["val", "/nowhere.pt", "{data}"], "/nowhere.pt: no such checkpoint"),
         (["val", "{data}/annotations/instances_val.json", "{data}"], "not a checkpoint"),
-        (["predict", "{weights}", "{data}/val", "--device", "abacus"], "device: expected auto, cpu or cuda"),
     ],
 )
 def test_mistakes_are_one_line_and_status_1(argv, message, data, trained, tmp_path, capsys):
@@ -126,10 +177,93 @@ def test_mistakes_are_one_line_and_status_1(argv, message, data, trained, tmp_pa
     assert "Traceback" not in err
 
 
+TRAIN, VAL, PREDICT = ("train", "{data}"), ("val", "{weights}", "{data}"), ("predict", "{weights}", "{data}/val")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("train",), "DATA is missing"),
+        (("train", "x", "--resume", "y"), "--resume takes DATA and --run-dir from the run"),
+        ((*TRAIN, "--lr", "-1"), "--lr: expected a number > 0, got -1.0"),
+        ((*TRAIN, "--epochs", "0"), "--epochs: expected an integer >= 1, got 0"),
+        ((*TRAIN, "--hflip", "2"), "--hflip: expected a probability in [0, 1], got 2.0"),
+        ((*TRAIN, "--vflip", "nan"), "--vflip: expected a probability in [0, 1], got nan"),
+        ((*TRAIN, "--min-size", "64", "0"), "--min-size: expected numbers of pixels >= 1, got 64, 0"),
+        ((*TRAIN, "--max-size", "0"), "--max-size: expected an integer >= 1, got 0"),
+        (
+            (*TRAIN, "--min-size", "200", "400", "--max-size", "300"),
+            "--min-size, --max-size: expected the first at most the second, got 200, 400 and 300",
+        ),
+        ((*TRAIN, "--aspect-ratios", "1", "-2"), "--aspect-ratios: expected numbers > 0, got (1.0, -2.0)"),
+        ((*TRAIN, "--anchor-sizes", "8", "16", "32", "64", "0"), "--anchor-sizes: expected five sizes"),
+        ((*TRAIN, "--val-every", "-1"), "--val-every: expected a number >= 0, got -1"),
+        ((*TRAIN, "--seed", "-1"), "--seed: expected a number >= 0, got -1"),
+        ((*TRAIN, "--workers", "-1"), "--workers: expected a number >= 0, got -1"),
+        ((*TRAIN, "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
+        ((*VAL, "--batch-size", "0"), "--batch-size: expected an integer >= 1, got 0"),
+        ((*VAL, "--workers", "-1"), "--workers: expected an integer >= 0, got -1"),
+        ((*VAL, "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
+        ((*PREDICT, "--score", "3"), "--score: expected a score in [0, 1], got 3.0"),
+        ((*PREDICT, "--min-score", "-1"), "--min-score: expected a score in [0, 1], got -1.0"),
+        ((*PREDICT, "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
+        (("demo", "--seed", "-1"), "--seed: expected a number >= 0, got -1"),
+        (("demo", "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
+    ],
+)
+def test_wrong_values_name_their_option_and_leave_nothing(argv, message, data, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    places = {"data": data, "weights": trained / "weights" / "best.pt"}
+    status, out, err = run(capsys, *(argument.format(**places) for argument in argv))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"retinanet-ext {argv[0]}: error: {message}")
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_the_defaults_in_the_help_are_those_of_a_run():
+    (commands,) = (action.choices for action in make_parser()._actions if action.dest == "command")
+    shown = {}
+    for action in commands["train"]._actions:
+        if found := re.search(r"\(default: ([^);]*)\)", action.help):
+            shown[action.dest] = found[1].split()
+    for field in dataclasses.fields(TrainConfig):
+        if any(field.default is value for value in (dataclasses.MISSING, None, False)):
+            continue
+        value = "yes" if field.default is True else field.default
+        parts = value if isinstance(value, tuple) else (value,)
+        assert shown[field.name] == [part if isinstance(part, str) else f"{part:g}" for part in parts], field.name
+
+
+def test_predict_on_a_voc_folder_says_where_its_images_are(trained, data, tmp_path, capsys):
+    shutil.copytree(data / "val", tmp_path / "voc" / "JPEGImages")
+    argv = ("predict", trained, tmp_path / "voc", "--run-dir", tmp_path / "out", "--device", "cpu")
+    status, _, err = run(capsys, *argv)
+    assert status == 1
+    assert f"empty folder: no image in it; the images of a VOC folder are in {tmp_path / 'voc' / 'JPEGImages'}" in err
+
+
 def test_the_traceback_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("RETINANET_EXT_TRACEBACK", "1")
     with pytest.raises(ValueError, match="/nowhere: no such file or folder"):
         main(["train", "/nowhere"])
+
+
+def test_a_log_gets_each_line_when_it_is_printed(monkeypatch):
+    from retinanet_ext.engine import commands
+
+    log = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(log))
+    printed = []
+
+    def run_env(arguments):
+        print("one line")
+        printed.append(log.getvalue())
+        return 0
+
+    monkeypatch.setattr(commands, "run_env", run_env)
+    assert main(["env"]) == 0
+    assert printed == [b"one line\n"]
 
 
 def test_a_defect_is_not_hidden(monkeypatch):
@@ -155,7 +289,7 @@ def test_out_of_gpu_memory_is_explained(monkeypatch, capsys):
 def test_interruption(monkeypatch, data, tmp_path, capsys):
     from retinanet_ext.engine.train import Training
 
-    def interrupt(self, bar):
+    def interrupt(self, progress):
         raise KeyboardInterrupt
 
     run_dir = tmp_path / "my run"
@@ -219,7 +353,7 @@ def test_demo_in_small(tmp_path, capsys):
     result = run_demo(tmp_path / "demo", epochs=1, train_images=4, val_images=2, device="cpu")
     assert 0.0 <= result.ap50 <= 1.0
     assert all(picture.is_file() for picture in result.pictures)
-    assert "AP50" in capsys.readouterr().out
+    assert "validation of epoch 1 of 1, whose weights best.pt holds:\nAP " in capsys.readouterr().out
 
 
 def test_demo_fails_if_it_falls_short(monkeypatch, tmp_path, capsys):

@@ -99,6 +99,21 @@ def test_voc_yields_image_boxes_labels(tmp_path):
     assert dataset[1][1]["labels"].dtype == torch.int64
 
 
+def test_a_data_set_without_any_of_the_models_classes(tmp_path):
+    root = write_voc(tmp_path / "voc", {"a": [("dog", (0, 0, 10, 10), 0), ("cat", (5, 5, 20, 20), 0)]})
+    own = r"the model has cow, ant; the data set has cat, dog"
+    with pytest.raises(DatasetError, match=r"voc \[train\]: none of its classes is one of the model's: " + own):
+        VocDataset(root, "train", class_names=["cow", "ant"])
+    json_file = write_coco(tmp_path, [entry(1, "1.png")], [])
+    many = [f"c{index}" for index in range(30)]
+    with pytest.raises(DatasetError, match=r"a\.json: none .* c18, c19 and 10 more; the data set has cat, dog$"):
+        CocoDataset(json_file, tmp_path / "images", class_names=many)
+    # One in common is enough, and what has no classes has none that could be wrong.
+    assert len(CocoDataset(json_file, tmp_path / "images", class_names=["cow", "dog"])) == 1
+    empty = write_voc(tmp_path / "empty", {"a": []})
+    assert VocDataset(empty, "train", class_names=["cow"]).num_objects == 0
+
+
 def test_voc_class_names_given(tmp_path):
     root = write_voc(tmp_path, {"a": [("dog", (1, 2, 20, 28), False), ("eel", (1, 2, 20, 28), False)]})
     dataset = VocDataset(root, "train", class_names=["cow", "dog"])

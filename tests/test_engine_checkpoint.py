@@ -132,6 +132,15 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+def test_a_pickled_model_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"model": torch.nn.Linear(2, 2)}, path)
+    with pytest.raises(CheckpointError, match=r"a pickled object \(torch\.nn\.modules\.linear\.Linear\)") as caught:
+        load_checkpoint(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < len(str(path)) + 200
+
+
 def test_a_later_format_is_refused(saved, tmp_path):
     content = load_checkpoint(saved[0])
     torch.save({**content, "version": 99}, tmp_path / "x.pt")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
 from retinanet_ext.data import generate_shapes, open_dataset
@@ -16,6 +17,7 @@ from retinanet_ext.engine.evaluate import (
     format_metrics,
     score_detections,
 )
+from retinanet_ext.engine.run_folder import RunFolder
 
 
 def truth(objects, classes=1, images=1):
@@ -105,6 +107,17 @@ def test_no_detections_and_no_ground_truth():
     result = score_detections(truth([]), found((1, 1, BOX, 0.9)))
     assert math.isnan(result.metrics["AP"])
     format_metrics(result)
+
+
+def test_an_evaluation_is_read_back_from_its_files(tmp_path):
+    run = RunFolder(tmp_path)
+    assert run.read_evaluation() is None
+    result = score_detections(truth([(1, 1, BOX)], classes=2), found((1, 1, BOX, 0.9)))
+    run.write_evaluation(result)
+    again = run.read_evaluation()
+    assert again.metrics == pytest.approx(result.metrics, nan_ok=True)
+    assert again.per_class[0] == {name: pytest.approx(value) for name, value in result.per_class[0].items()}
+    assert format_metrics(again) == format_metrics(result)
 
 
 def test_difficult_objects_count_neither_found_nor_missed():

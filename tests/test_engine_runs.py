@@ -106,12 +106,35 @@ def test_resume_refuses_options_it_would_not_follow(trained, capsys):
         *("train", "--resume", trained, "--lr", "7", "--batch-size", "9", "--norm", "group", "--no-amp"),
         *("--strict", "--epochs", "3", "--device", "cpu", "--workers", "0"),
     )
-    assert status == 1
+    assert status == 2
     named = err.split("cannot be changed")[0]
     assert all(option in named for option in ("--lr", "--batch-size", "--norm", "--amp", "--strict"))
     assert "--vflip" not in named
     assert "--epochs" not in named
     assert contents(trained) == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--batch-size", "4"), ("--hflip", "0.5"), ("--optimizer", "adamw"), ("--channels-last",), ("--seed", "0")],
+    ids=" ".join,
+)
+def test_resume_refuses_an_option_typed_at_its_default(option, trained, capsys):
+    before = contents(trained)
+    status, out, err = run(capsys, "train", "--resume", trained, *option)
+    assert (status, out) == (2, "")
+    assert f"error: {option[0]}: cannot be changed: --resume goes on as the run began" in err
+    assert contents(trained) == before
+
+
+def test_resume_refuses_fewer_epochs_than_the_run_has_finished(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    assert run(capsys, "train", "--resume", tmp_path / "run", "--epochs", "3")[0] == 0
+    before = contents(tmp_path / "run")
+    status, out, err = run(capsys, "train", "--resume", tmp_path / "run", "--epochs", "2")
+    assert (status, out) == (2, "")
+    assert "error: --epochs: the run has finished 3 already, got 2" in err
+    assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("command", ["val", "predict"])
@@ -158,14 +181,14 @@ def test_two_runs_do_not_get_one_folder(tmp_path):
 
 
 def test_a_mistake_leaves_no_numbered_folder(trained, data, elsewhere, capsys):
-    for argv in (
-        ("train", "/nowhere"),
-        ("train", data, "--lr", "-1"),
-        ("val", trained, "/nowhere"),
-        ("val", "/nowhere.pt", data),
-        ("predict", "/nowhere.pt", data / "val"),
+    for argv, status in (
+        (("train", "/nowhere"), 1),
+        (("train", data, "--lr", "-1"), 2),
+        (("val", trained, "/nowhere"), 1),
+        (("val", "/nowhere.pt", data), 1),
+        (("predict", "/nowhere.pt", data / "val"), 1),
     ):
-        assert run(capsys, *argv)[0] == 1
+        assert run(capsys, *argv)[0] == status
         assert not list(elsewhere.glob("runs/*"))
     assert run(capsys, "predict", trained, data / "val", "--device", "cpu", "--no-pictures")[0] == 0
     assert [path.name for path in elsewhere.glob("runs/*")] == ["predict"]

@@ -16,7 +16,7 @@ for module in ("PIL.Image", "pycocotools", "matplotlib", "tqdm"):
 from retinanet_ext.data import DatasetError, generate_shapes, make_loader, open_dataset  # noqa: E402
 from retinanet_ext.engine.checkpoint import CheckpointError, load_checkpoint, load_model  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, octaves, resolve_device, resume_config  # noqa: E402
-from retinanet_ext.engine.loop import TrainingError, train_steps  # noqa: E402
+from retinanet_ext.engine.loop import StepRecord, TrainingError, train_steps  # noqa: E402
 from retinanet_ext.engine.run_folder import RunFolder, RunFolderError  # noqa: E402
 from retinanet_ext.engine.schedule import make_optimizer, make_scheduler, rate_factor  # noqa: E402
 from retinanet_ext.engine.train import Training  # noqa: E402
@@ -103,7 +103,8 @@ def test_run_folder_is_complete(full_run, data):
             mean = sum(float(s[name]) for s in own) / len(own)
             assert float(row[name]) == pytest.approx(mean, rel=1e-6)
         assert float(row["AP"]) >= 0.0
-        assert float(row["seconds_per_step"]) > 0.0
+        seconds = [float(s["seconds"]) for s in own]
+        assert float(row["mean_seconds_per_step"]) == pytest.approx(sum(seconds) / len(seconds), rel=1e-6)
     assert float(results[-1]["AP"]) == pytest.approx(result.metrics["AP"], abs=1e-6)
     best = max(float(row["AP"]) for row in results)
     assert load_checkpoint(run.best)["best"] == pytest.approx(best, abs=1e-6)
@@ -117,6 +118,34 @@ def test_run_folder_is_complete(full_run, data):
         "star",
     ]
     assert load_model(run.best)[1] == ["disc", "square", "triangle", "star"]
+
+
+def test_slow_steps_show_in_the_time_of_an_epoch(data, tmp_path, monkeypatch, capsys):
+    from retinanet_ext.engine import train
+
+    seconds = (1.0, 1.0, 7.0)
+    records = [StepRecord(step, 1.0, 1.0, 2.0, 3.0, 1e-3, each) for step, each in enumerate(seconds, start=1)]
+    monkeypatch.setattr(train, "train_steps", lambda *args, **kwargs: iter(records))
+    Training(tiny(data, epochs=1, validate_every=0), tmp_path / "run", say=quiet).fit()
+    assert "3.000 s a step (mean)" in capsys.readouterr().out
+    assert float(rows(tmp_path / "run" / "results.csv")[0]["mean_seconds_per_step"]) == 3.0
+
+
+def test_steps_are_in_the_file_while_the_epoch_runs(data, tmp_path, monkeypatch):
+    from retinanet_ext.engine import train
+
+    seen = []
+
+    def two_steps_and_a_kill(*args, **kwargs):
+        for step in (1, 2):
+            yield StepRecord(step, 1.0, 1.0, 2.0, 3.0, 1e-3, 0.5)
+            seen.append([row["step"] for row in rows(tmp_path / "run" / "steps.csv")])
+        raise Interrupted
+
+    monkeypatch.setattr(train, "train_steps", two_steps_and_a_kill)
+    with pytest.raises(Interrupted):
+        Training(tiny(data, validate_every=0), tmp_path / "run", say=quiet).fit()
+    assert seen == [["1"], ["1", "2"]]
 
 
 def test_same_seed_same_run(full_run, data, tmp_path):
@@ -150,7 +179,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(full_run, data, tmp_path, wo
     assert_same_weights(run.best, resumed.best)
     for a, b in zip(rows(run.steps), rows(resumed.steps), strict=True):
         assert {**a, "seconds": ""} == {**b, "seconds": ""}
-    timed = {"seconds_per_step": "", "val_seconds": ""}
+    timed = {"mean_seconds_per_step": "", "val_seconds": ""}
     for a, b in zip(rows(run.results), rows(resumed.results), strict=True):
         assert {**a, **timed} == {**b, **timed}
     assert load_checkpoint(run.best)["optimizer"] is None

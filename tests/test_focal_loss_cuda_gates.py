@@ -3,11 +3,11 @@
 Each gate has a marker, which tests/gpu_ring.py runs as a stage of its own.
 """
 
-import contextlib
 import math
 
 import pytest
 import torch
+from cuda_gates import bits, capture, host_must_not_wait
 
 from retinanet_ext import reference, sigmoid_focal_loss
 
@@ -34,25 +34,6 @@ def loss_and_gradient(inputs, targets, grad=None, function=sigmoid_focal_loss, *
     loss = function(inputs, targets, **options)
     (gradient,) = torch.autograd.grad(loss, inputs, torch.ones_like(loss) if grad is None else grad)
     return loss.detach(), gradient
-
-
-def bits(tensor):
-    """Bit patterns, so that NaN equals NaN and 0 differs from -0."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
-def capture(step):
-    """A CUDA graph of `step`, and what it returned while it was captured, to be filled by each replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # a capture wants libraries, caches and allocations to be warm
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
 
 
 @pytest.mark.graph
@@ -148,24 +129,6 @@ def test_a_captured_training_step_learns_as_an_eager_one(dtype, divided):
         tolerance = 1e-5 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
         torch.testing.assert_close(weight, eager, rtol=tolerance, atol=tolerance)
-
-
-@contextlib.contextmanager
-def host_must_not_wait():
-    """torch's own check, and one that sees any wait: the stream is busy before the calls, and must still be after."""
-    torch.cuda.synchronize()
-    torch.cuda._sleep(400_000_000)  # cycles
-    busy = torch.cuda.Event()
-    busy.record()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    waited = busy.query()
-    torch.cuda.synchronize()
-    assert not waited, "the host waited for the device"
 
 
 def unaligned(tensor):

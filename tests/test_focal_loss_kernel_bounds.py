@@ -12,7 +12,7 @@ import torch
 
 from retinanet_ext import reference
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCH = 1024  # vectors of a block's pass: four a thread
 IGNORED = -2
 
@@ -68,7 +68,8 @@ def expected(logits, targets, *, reduction="none", grad=None, **options) -> torc
 
 def assert_close(actual: torch.Tensor, wanted: torch.Tensor, absolute: float = 0.0) -> None:
     """Within the operator's relative error, and half a unit in the last place of a half; `absolute`: of the largest."""
-    relative = 2e-5 + (torch.finfo(actual.dtype).eps / 2 if actual.dtype.itemsize == 2 else 0.0)
+    info = torch.finfo(actual.dtype)
+    relative = {64: 1e-12, 32: 2e-5, 16: 2e-5 + info.eps / 2}[info.bits]
     absolute = absolute * wanted.abs().max().item() + 1e-30
     torch.testing.assert_close(actual.double(), wanted.view(actual.shape), rtol=relative, atol=absolute)
 
@@ -78,7 +79,8 @@ def assert_right(emulator, logits: torch.Tensor, targets: torch.Tensor, blocks: 
 
     `options`: of the operator. Gradients with them have zero crossings, where only the absolute error is small.
     """
-    absolute = 2e-6 if options or targets.is_floating_point() else 0.0
+    crosses_zero = options or targets.is_floating_point()
+    absolute = (1e-12 if logits.dtype == torch.float64 else 2e-6) if crosses_zero else 0.0
     how = {"blocks": blocks, **options}
     assert_close(run(emulator, logits, targets, task="loss", **how), expected(logits, targets, **options))
     for task in ("sum",) if targets.is_floating_point() else ("sum", "mean"):
@@ -91,7 +93,7 @@ def assert_right(emulator, logits: torch.Tensor, targets: torch.Tensor, blocks: 
         absolute,
     )
     for dtype in {logits.dtype, computed(logits.dtype)}:
-        each = torch.randn(logits.shape).to(dtype)
+        each = torch.randn(logits.shape, dtype=torch.float64).to(dtype)
         if each.numel() > 1:  # one element would be one upstream gradient for all
             actual = run(emulator, logits, targets, task="gradient", grad=each, **how)
             assert_close(actual, expected(logits, targets, grad=each, **options), absolute)
@@ -139,7 +141,7 @@ def dense(rows: int, classes: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["background", "dense"])
 def test_sizes(emulator, kind, dtype, size):
     rows, classes = sizes(dtype)[size]
-    logits = (torch.randn(rows, classes) * 3 - 1).to(dtype)
+    logits = (torch.randn(rows, classes, dtype=torch.float64) * 3 - 1).to(dtype)
     assert_right(emulator, logits, background(rows) if kind == "background" else dense(rows, classes))
 
 
@@ -148,7 +150,7 @@ def test_sizes(emulator, kind, dtype, size):
 def test_sizes_with_options_by_class(emulator, dtype, classes):
     """Weights and balances have one element a class: none beyond is read, of absent elements or of no class."""
     for rows in (1, 5, 41):
-        logits = (torch.randn(rows, classes) * 3 - 1).to(dtype)
+        logits = (torch.randn(rows, classes, dtype=torch.float64) * 3 - 1).to(dtype)
         options = {"gamma": 1.5, "class_alpha": torch.rand(classes), "weight": torch.rand(classes) + 0.5}
         for last in (-1, 0, classes - 1, classes, IGNORED):
             targets = dense(rows + 1, classes)[:-1]
@@ -162,9 +164,14 @@ def test_sizes_with_options_by_class(emulator, dtype, classes):
 def test_sizes_of_soft_targets(emulator, dtype, size):
     """A tile is one pass here, so that the passes' sizes are several tiles."""
     rows, classes = sizes(dtype)[size]
-    logits = (torch.randn(rows, classes) * 3 - 1).to(dtype)
-    assert_right(emulator, logits, torch.rand(rows, classes).to(dtype))
-    assert_right(emulator, logits, torch.rand(rows, classes).to(computed(dtype)), class_alpha=torch.rand(classes))
+    logits = (torch.randn(rows, classes, dtype=torch.float64) * 3 - 1).to(dtype)
+    assert_right(emulator, logits, torch.rand(rows, classes, dtype=torch.float64).to(dtype))
+    assert_right(
+        emulator,
+        logits,
+        torch.rand(rows, classes, dtype=torch.float64).to(computed(dtype)),
+        class_alpha=torch.rand(classes),
+    )
 
 
 @pytest.mark.parametrize("target", [0, 4, IGNORED])
@@ -231,7 +238,7 @@ def test_blocks_without_tiles_and_tiles_without_blocks(emulator, blocks):
 def test_background_beside_a_positive_row_has_the_same_bits(emulator, classes, dtype):
     """A vector that holds no more than two rows, both background, takes the same arithmetic in every tile."""
     rows = 40
-    logits = (torch.randn(rows, classes) * 3 - 1).to(dtype)
+    logits = (torch.randn(rows, classes, dtype=torch.float64) * 3 - 1).to(dtype)
     vectors = torch.arange(rows * classes).view(-1, width(dtype))
     first, last = vectors[:, 0] // classes, vectors[:, -1] // classes
     grad = torch.tensor(0.3, dtype=computed(dtype))
@@ -242,6 +249,10 @@ def test_background_beside_a_positive_row_has_the_same_bits(emulator, classes, d
     for row, gradient in enumerate(among):
         same = ((last < row) | (first > row)) & (last - first <= 1)
         np.testing.assert_array_equal(gradient[same], alone[same], err_msg=f"row {row}")
+
+
+def test_what_counts_as_the_start_of_a_vector(emulator):
+    assert [address for address in range(64) if emulator.is_vector_aligned(address)] == [0, 16, 32, 48]
 
 
 def test_the_last_row_of_a_tile_of_one_element_is_counted(emulator):

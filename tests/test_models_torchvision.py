@@ -226,7 +226,8 @@ def test_detections(norm):
         assert len(found) == 3
         for a, b in zip(found, expected, strict=True):
             assert len(b["boxes"]) > 10
-            assert torch.equal(a["boxes"], b["boxes"])
+            # The exponentials of the two box coders are each within an ulp of the truth; sides are at most 200 pixels.
+            torch.testing.assert_close(a["boxes"], b["boxes"], rtol=0, atol=4 * 200 * 2**-23)
             assert torch.equal(a["labels"], b["labels"])
             torch.testing.assert_close(a["scores"], b["scores"], rtol=2**-22, atol=0)
 

@@ -14,7 +14,7 @@ import torch
 
 from retinanet_ext import reference
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # All legal on a GPU; a result that differs between two of them depends on the order of threads.
 SCHEDULES = [
     {"order": "forward"},
@@ -53,7 +53,7 @@ class Level:
         return rows.view(batch, count // self.anchors, self.anchors, classes).permute(0, 2, 3, 1).contiguous()
 
     def entry(self) -> tuple:
-        return (self.storage(), self.planes, self.anchors, self.rows.shape[1] // self.anchors, self.gap)
+        return (self.storage(), self.planes, self.anchors, self.rows.shape[1] // self.anchors, self.gap, 0, 0)
 
 
 def make_levels(form, dtype, classes, cells=(1032, 200, 37, 5), batch=2, anchors=3):
@@ -62,7 +62,7 @@ def make_levels(form, dtype, classes, cells=(1032, 200, 37, 5), batch=2, anchors
     levels = []
     for i, count in enumerate(cells):
         planes = {"planes": True, "rows": False, "mixed": i % 2 == 0}[form]
-        logits = torch.randn(batch, count * anchors, classes, generator=generator) * 4 - 1
+        logits = torch.randn(batch, count * anchors, classes, generator=generator, dtype=torch.float64) * 4 - 1
         levels.append(Level(logits.to(dtype), anchors, planes))
     total = sum(cells) * anchors
     targets = torch.full((batch, total), -1)
@@ -103,7 +103,7 @@ def assert_same_in_every_order(emulator, *args, **options):
 
 def truth(levels, targets, **options):
     """The loss and each level's gradient in float64."""
-    rows = [level.rows.double().requires_grad_() for level in levels]
+    rows = [level.rows.clone().double().requires_grad_() for level in levels]
     loss = torch.zeros((), dtype=torch.float64)
     gamma, alpha = options.pop("gamma", 2.0), options.pop("alpha", 0.25)
     normalizer = torch.as_tensor(options.pop("normalizer", 1.0), dtype=torch.float64)
@@ -115,14 +115,15 @@ def truth(levels, targets, **options):
 
 
 def assert_gradients_close(levels, gradients, expected, factor=1.0):
-    """Within the operator's relative error, 2e-5, and for halves half a unit in the last place on top."""
+    """Within the operator's relative error, and for halves half a unit in the last place on top."""
     for level, gradient, rows in zip(levels, gradients, expected, strict=True):
         dtype = level.rows.dtype
         actual = torch.from_numpy(gradient)
-        actual = (actual.view(dtype) if dtype != torch.float32 else actual).double()
-        rounded = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
-        absolute = torch.finfo(dtype).tiny * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-30
-        torch.testing.assert_close(actual, level.to_layout(rows).flatten() * factor, rtol=2e-5 + rounded, atol=absolute)
+        actual = (actual.view(dtype) if actual.dtype == torch.uint16 else actual).double()
+        info = torch.finfo(dtype)
+        relative = {64: 1e-12, 32: 2e-5, 16: 2e-5 + info.eps / 2}[info.bits]
+        absolute = max(info.tiny * info.eps, 1e-30)
+        torch.testing.assert_close(actual, level.to_layout(rows).flatten() * factor, rtol=relative, atol=absolute)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

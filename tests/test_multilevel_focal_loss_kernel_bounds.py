@@ -12,7 +12,7 @@ import torch
 
 from retinanet_ext import reference
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 THREADS = 256
 WARP = 32
 IGNORED = -2
@@ -37,7 +37,7 @@ def make_level(
     batch: int, cells: int, anchors: int, classes: int, dtype: torch.dtype, scale: float = 3
 ) -> torch.Tensor:
     """Logits in anchor order, [B, H*W, A, K]."""
-    return (torch.randn(batch, cells, anchors, classes) * scale - 1).to(dtype)
+    return (torch.randn(batch, cells, anchors, classes, dtype=torch.float64) * scale - 1).to(dtype)
 
 
 def to_layout(level: torch.Tensor, planes: bool) -> torch.Tensor:
@@ -45,14 +45,23 @@ def to_layout(level: torch.Tensor, planes: bool) -> torch.Tensor:
     return level.permute(0, 2, 3, 1).contiguous() if planes else level
 
 
-def run(emulator, levels: list[torch.Tensor], planes: bool, targets: torch.Tensor, task="sum+gradient", **options):
-    """The sum and the gradients, flat."""
+def run(
+    emulator,
+    levels: list[torch.Tensor],
+    planes: bool,
+    targets: torch.Tensor,
+    task="sum+gradient",
+    starts=(0, 0),
+    **options,
+):
+    """The sum and the gradients, flat. `starts`: elements before the logits and the gradient of each level."""
     dtype = levels[0].dtype
     entries = []
     for level in levels:
         flat = to_layout(level, planes).flatten()
         array = flat.view(torch.uint16).numpy() if dtype.itemsize == 2 else flat.numpy()
-        entries.append((array, planes, level.shape[2], level.shape[1], 0))
+        array = np.concatenate([np.zeros(starts[0], array.dtype), array])
+        entries.append((array, planes, level.shape[2], level.shape[1], 0, *starts))
     name = next(name for name, value in DTYPES.items() if value == dtype)
     total, gradients, note = emulator.multilevel_focal_loss(
         name, entries, targets.numpy(), levels[0].shape[-1], task=task, **options
@@ -62,13 +71,14 @@ def run(emulator, levels: list[torch.Tensor], planes: bool, targets: torch.Tenso
 
 def assert_right(emulator, levels: list[torch.Tensor], planes: bool, targets: torch.Tensor, **options) -> None:
     """Sum and gradients, against the reference in float64."""
-    x = [level.double().requires_grad_() for level in levels]
+    x = [level.clone().double().requires_grad_() for level in levels]
     rows = torch.cat([level.flatten(1, 2) for level in x], dim=1)
     loss = reference.sigmoid_focal_loss(rows, targets, reduction="sum")
     total, gradients, _ = run(emulator, levels, planes, targets, **options)
     np.testing.assert_allclose(total, loss.item(), rtol=2e-5)
     dtype = levels[0].dtype
-    relative = 2e-5 + (torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0)
+    info = torch.finfo(dtype)
+    relative = {64: 1e-12, 32: 2e-5, 16: 2e-5 + info.eps / 2}[info.bits]
     for gradient, wanted in zip(gradients, torch.autograd.grad(loss, x), strict=True):
         wanted = to_layout(wanted, planes).flatten()
         torch.testing.assert_close(gradient.double(), wanted, rtol=relative, atol=1e-30)
@@ -112,6 +122,62 @@ def test_planes_of_cells(emulator, classes, dtype):
     """Around what eight warps take at a time, one plane each or four."""
     for cells in (width(dtype), width(dtype) + 1, 40):
         assert_right_of_both_kinds(emulator, make_level(1, cells, 1, classes, dtype), planes=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("planes", [True, False])
+def test_memory_that_begins_anywhere(emulator, planes, dtype):
+    """Vectors are loaded and stored on 16-byte boundaries alone, which the sanitizer watches."""
+    level = make_level(2, 2 * width(dtype), 2, 4, dtype)
+    count = level.shape[1] * level.shape[2]
+    for starts in ((0, 0), (1, 0), (0, 1), (1, 1), (width(dtype), width(dtype))):
+        for targets in (background(2, count), dense(2, count, 4)):
+            assert_right(emulator, [level], planes, targets, starts=starts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_levels_are_read_by_vectors_wherever_they_can_be(emulator, dtype):
+    vector = width(DTYPES[dtype])
+    level = {"cells": 2 * vector, "classes": 3, "image_stride": 6 * vector}
+
+    def aligned(**options):
+        return emulator.add_level(dtype, **{**level, **options})[1]
+
+    for planes in (True, False):
+        assert aligned(planes=planes)
+        assert aligned(planes=planes, batch=2)
+        assert not aligned(planes=planes, logits=8)
+        assert not aligned(planes=planes, gradient=8)
+        assert aligned(planes=planes, image_stride=6 * vector + 1)  # of one image
+        assert not aligned(planes=planes, batch=2, image_stride=6 * vector + 1)
+        assert not aligned(planes=planes, batch=2, image_stride=6 * vector - 1)
+    odd = {"cells": 2 * vector + 1, "image_stride": 8 * vector}
+    assert not aligned(planes=True, **odd)
+    assert aligned(planes=False, **odd)
+    assert not aligned(planes=False, batch=2, **odd)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_levels_have_no_tile_too_many(emulator, dtype):
+    tile = WARP * width(DTYPES[dtype])
+    for cells, tiles in ((1, 1), (tile - 1, 1), (tile, 1), (tile + 1, 2), (2 * tile, 2), (2 * tile + 1, 3)):
+        assert emulator.add_level(dtype, cells=cells, anchors=3, batch=5)[0] == 15 * tiles
+    rows = tile_rows(1001, DTYPES[dtype])
+    for cells, tiles in ((1, 1), (rows - 1, 1), (rows, 1), (rows + 1, 2), (2 * rows, 2), (2 * rows + 1, 3)):
+        assert emulator.add_level(dtype, cells=cells, classes=1001, planes=False, batch=5)[0] == 5 * tiles
+
+
+def test_levels_too_large_to_be_counted_are_refused(emulator):
+    """Anchors of an image, planes of an image and tiles are counted up to 2^30."""
+    most, more = 1 << 30, 25 * 42949673
+    assert more == most + 1
+    for planes in (True, False):
+        assert emulator.add_level("float32", planes=planes, cells=most) is not None
+        assert emulator.add_level("float32", planes=planes, cells=more) is None
+        assert emulator.add_level("float32", planes=planes, batch=most)[0] == most
+        assert emulator.add_level("float32", planes=planes, batch=more) is None
+    assert emulator.add_level("float32", anchors=1 << 15, classes=1 << 15) is not None
+    assert emulator.add_level("float32", anchors=25, classes=more // 25) is None
 
 
 def row_sizes(dtype: torch.dtype) -> dict[str, tuple[int, int]]:
@@ -165,6 +231,14 @@ def test_one_anchor_among_background(emulator, odd, target, planes):
 
 
 @pytest.mark.parametrize("planes", [True, False])
+@pytest.mark.parametrize("target", [0, 4, IGNORED])
+def test_tiles_without_background(emulator, target, planes):
+    """Every anchor of the same kind: no other one sends the tile down its path."""
+    cells = WARP * 4
+    assert_right(emulator, [make_level(1, cells, 2, 5, torch.float32)], planes, torch.full((1, cells * 2), target))
+
+
+@pytest.mark.parametrize("planes", [True, False])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("positives", [0, 1])
 @pytest.mark.parametrize("cells", [40, 41])
@@ -191,6 +265,17 @@ def test_tiles_of_levels_and_images(emulator, blocks, planes):
     count = sum(level.shape[1] * anchors for level in levels)
     assert_right(emulator, levels, planes, dense(2, count, classes), blocks=blocks)
     assert_right(emulator, levels, planes, background(2, count), blocks=blocks)
+
+
+@pytest.mark.parametrize("planes", [True, False])
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("cells", [8, 21, 32, 200])
+def test_a_normalizer_of_zero_makes_infinity(emulator, cells, start, planes):
+    """Losses are positive; a thread that has no element adds nothing, and not the NaN of 0 * inf."""
+    level = torch.randn(1, cells, 1, 1)
+    for targets in (background(1, cells), dense(1, cells, 1)):
+        total, *_ = run(emulator, [level], planes, targets, normalizer=np.float32([0.0]), starts=(start, start))
+        assert total == np.inf
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -1,15 +1,19 @@
 """The mutation proof's own parts: what it finds in a kernel, how it changes and restores a file, what it reports.
 
-No compiler and no kernel here; the proof itself is `python tests/mutate_kernels.py` (docs/testing.md).
+No kernel here; the proof itself is `python tests/mutate_kernels.py` (docs/testing.md).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -185,7 +189,7 @@ def test_modules_and_tests_of_a_kernel_are_derived(tools, tree):
         ("_a_emulator", ("tests/test_a_kernel.py", "tests/test_a_kernel_bounds.py")),
         ("_b_emulator", ("tests/test_b_kernel.py",)),
     ]
-    assert mutate.kernel_files(tree, modules) == [
+    assert importlib.import_module("mutant_builds").kernel_files(tree, modules) == [
         f"csrc/x/{name}.cuh" for name in ("a_kernel", "b_kernel", "both", "c_kernel")
     ]
     of = {
@@ -226,28 +230,37 @@ def test_every_exception_names_a_mutant_and_its_reason(tools):
 class Workshop:
     """Stands for the compiler and the tests: `verdicts` are replies by mode, or compiler errors."""
 
-    def __init__(self, mutate, tree, **verdicts):
+    def __init__(self, mutate, tree, numbers=None, killers=(), only=None, **verdicts):
         self.modules = mutate.find_modules(tree)
         self.tree = tree
         self.verdicts = verdicts
         self.seconds = {}
-        self.silence = 1.0
+        self.kills = []
         self.compiled = []
+        self.requests = []
+        self.compiler = self
+        self.switched = SimpleNamespace(numbers=numbers or {})
+        self.killers = lambda mutant: list(killers)
+        self.tests_of = lambda mutant: only
 
     def copy(self, name):
         return self.tree
 
-    def prove(self, mode, part):
-        return {}
+    def prove(self, mode):
+        return {"_a_emulator": "all", "_b_emulator": "all"}
 
     def compile(self, tree, module, mode):
         self.compiled.append((module.target, mode, (tree / "csrc/x/both.cuh").read_text()))
-        return "library", self.verdicts.get("error", "")
+        return "alone", self.verdicts.get("error", "")
 
     def server(self, mode, folder):
         passed = {"outcome": "passed", "test": "", "why": ""}
-        run = lambda **request: self.verdicts.get(mode, passed)  # noqa: E731
-        return type("Server", (), {"run": staticmethod(run), "close": staticmethod(lambda: None)})
+
+        def run(**request):
+            self.requests.append((mode, request))
+            return self.verdicts.get(mode, passed)
+
+        return SimpleNamespace(run=run, close=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -257,10 +270,12 @@ class Workshop:
         ({"sanitized": {"outcome": "crashed", "test": "t", "why": "w"}}, "killed", "sanitized", 3),
         ({"sanitized": {"outcome": "hung", "test": "t", "why": "w"}}, "killed", "sanitized", 3),
         ({}, "survived", "", 4),
-        ({"error": "expected ;"}, "does not compile", "plain", 1),
+        ({"error": "x.cuh:2:1: error: expected ;"}, "does not compile", "plain", 1),
     ],
 )
-def test_judging_applies_the_mutant_and_restores_the_file(tools, tree, monkeypatch, verdicts, outcome, mode, steps):
+def test_judging_alone_applies_the_mutant_and_restores_the_file(
+    tools, tree, monkeypatch, verdicts, outcome, mode, steps
+):
     mutate = tools[1]
     workshop = Workshop(mutate, tree, **verdicts)
     monkeypatch.setattr(mutate, "Server", workshop.server)
@@ -272,7 +287,82 @@ def test_judging_applies_the_mutant_and_restores_the_file(tools, tree, monkeypat
     plan = [(target, mode) for mode in ("plain", "sanitized") for target in ("_a_emulator", "_b_emulator")]
     assert [step[:2] for step in workshop.compiled] == plan[:steps]
     assert all("i <= n" in step[2] for step in workshop.compiled)
+    assert all(request["mutant"] == 0 for _, request in workshop.requests)
     assert (tree / "csrc/x/both.cuh").read_text() == original
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "killers", "parts"),
+    [
+        ({"plain": {"outcome": "failed", "test": "t", "why": "w"}}, [], ["plain quick a"]),
+        ({"plain": {"outcome": "failed", "test": "t", "why": "w"}}, ["tests/test_b_kernel.py::t"], ["plain killers b"]),
+        (
+            {"sanitized": {"outcome": "failed", "test": "t", "why": "w"}},
+            ["tests/test_b_kernel.py::t"],
+            ["plain killers b", "sanitized killers b"],
+        ),
+        (
+            {},
+            ["tests/test_a_kernel_bounds.py::t"],
+            ["plain killers a", "sanitized killers a", "plain quick a", "plain quick b", "sanitized quick a",
+             "sanitized quick b", "plain rest a", "plain rest b", "sanitized rest a", "sanitized rest b"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_mutant_among_all_is_chosen_by_its_number(tools, tree, monkeypatch, verdicts, killers, parts):
+    """Compiled by nobody; first it meets the tests that others died of."""
+    mutate = tools[1]
+    mutant = mutate.find_all(tree, mutate.find_modules(tree))[0][0]
+    workshop = Workshop(mutate, tree, numbers={mutant: 7}, killers=killers, **verdicts)
+    monkeypatch.setattr(mutate, "Server", workshop.server)
+    result = mutate.Worker(workshop, "worker").judge(mutant)
+    assert not workshop.compiled
+    assert all(request["mutant"] == 7 and request["killers"] == killers for _, request in workshop.requests)
+    assert all(request["libraries"]["_a_emulator"] == "all" for _, request in workshop.requests)
+    done = [f"{mode} {request['part']} {request['tests'][0][11]}" for mode, request in workshop.requests]
+    assert done == parts
+    assert workshop.kills == ([(mutant, "t")] if verdicts else [])
+    assert (result.outcome == "killed") == bool(verdicts)
+
+
+def test_a_mutant_meets_the_tests_that_reach_it(tools, tree, monkeypatch):
+    """A module none of whose tests does is passed over; a mutant that no test reaches survives at once."""
+    mutate = tools[1]
+    mutant = mutate.find_all(tree, mutate.find_modules(tree))[0][0]
+    for only in (["tests/test_b_kernel.py::t"], []):
+        workshop = Workshop(mutate, tree, numbers={mutant: 7}, only=only)
+        monkeypatch.setattr(mutate, "Server", workshop.server)
+        result = mutate.Worker(workshop, "worker").judge(mutant)
+        assert result.outcome == "survived"
+        assert {request["tests"] for _, request in workshop.requests} == (
+            {("tests/test_b_kernel.py",)} if only else set()
+        )
+        assert all(request["only"] == only for _, request in workshop.requests)
+    assert result.why == "no test reaches it"
+
+
+def test_what_reaches_a_mutant(tools, tree):
+    """The tests that did, and all those of a file of which a fixture did."""
+    mutate = tools[1]
+    mutants = mutate.find_all(tree, mutate.find_modules(tree))[0]
+    workshop = mutate.Workshop.__new__(mutate.Workshop)
+    workshop.switched = SimpleNamespace(numbers={mutants[0]: 1})
+    workshop.seconds = {"a.py::s": 1.0, "a.py::t": 1.0, "b.py::s": 1.0, "b.py::t": 1.0}
+    workshop.reached = {"a.py::s": {2}, "a.py::t": {1, 2}, "b.py": {1}}
+    assert workshop.tests_of(mutants[0]) == ["a.py::t", "b.py::s", "b.py::t"]
+    assert workshop.tests_of(mutants[1]) is None
+
+
+def test_killers_are_those_of_the_function_then_of_the_file_then_the_latest(tools, tree):
+    mutate = tools[1]
+    mutant = mutate.find_all(tree, mutate.find_modules(tree))[0][0]
+    other_function = dataclasses.replace(mutant, function="g")
+    elsewhere = dataclasses.replace(other_function, file="other")
+    workshop = mutate.Workshop.__new__(mutate.Workshop)
+    workshop.kills = [(mutant, "a"), (other_function, "b"), (mutant, "c"), (mutant, "c"), (elsewhere, "d")]
+    assert workshop.killers(mutant) == ["c", "a", "b", "d"]
+    workshop.kills = []
+    assert workshop.killers(mutant) == []
 
 
 def test_a_file_is_restored_after_an_error(tools, tree, monkeypatch):
@@ -287,6 +377,152 @@ def test_a_file_is_restored_after_an_error(tools, tree, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         mutate.Worker(workshop, "worker").judge(mutate.find_all(tree, workshop.modules)[0][0])
     assert (tree / "csrc/x/both.cuh").read_text() == original
+
+
+SWITCHED = r"""#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#define __syncthreads() std::printf("barrier ")
+#define __syncthreads_or(vote) (std::printf("vote %d ", int(vote)), 1)
+#define RNX_SHARED(type, name, count) const int name = count
+void f(int n, unsigned m, long k) {
+  RNX_SHARED(double, shared, n);
+  for (int i = 1; i < n && i <= 3; ++i) std::printf("%d,", i);
+  for (unsigned i = m; i > 2u; --i) std::printf("%u,", i);
+  __syncthreads();
+  const int vote = __syncthreads_or(n >= k) != 0;
+  std::printf("%d %d %d %ld %d %u\n", shared, vote, n == 4, (k + 3u) / 2 - 1, k != n, m > 4 ? m : 4);
+}
+void g(long n) {
+  std::printf("%ld %ld\n", std::min(n, 8L) + 1, n < 8 ? n : 8);
+}
+int main() {
+  f(4, 4, 4);
+  f(3, 5, 5);
+  f(5, 2, 4);
+  f(2, 3, 3);
+  g(7);
+  g(8);
+  g(9);
+}
+"""
+
+
+def test_a_chosen_mutant_does_what_it_does_alone(tools, tmp_path):
+    """Compiled by itself and among all the others: what the program prints is the same, and another for each."""
+    cxx = shutil.which(os.environ.get("CXX", "c++"))
+    if cxx is None:
+        pytest.skip("a C++ compiler builds the mutants and was not found")
+
+    def build(name, text, *flags):
+        (tmp_path / f"{name}.cpp").write_text(text)
+        command = [cxx, "-std=c++17", "-w", *flags, str(tmp_path / f"{name}.cpp"), "-o", str(tmp_path / name)]
+        subprocess.run(command, check=True)
+        return lambda number: subprocess.check_output(
+            [tmp_path / name], env={**os.environ, "RETINANET_EXT_MUTANT": str(number)}, text=True
+        )
+
+    mutants = tools[0].find_mutants("f.cuh", SWITCHED)[0]
+    assert {m.kind for m in mutants} == {"barrier", "comparison", "minmax", "start", "literal", "size"}
+    text = importlib.import_module("mutant_switches").write_switches(SWITCHED, {m: i for i, m in enumerate(mutants, 1)})
+    assert text.count("\n") == SWITCHED.count("\n")
+    header = ["-include", str(ROOT / "tests/emulator/mutants.h"), f"-DRETINANET_EXT_MUTANTS={len(mutants)}"]
+    among_all = build("all", text, *header)
+    unchanged = build("unchanged", SWITCHED)(0)
+    assert among_all(0) == unchanged
+    for number, mutant in enumerate(mutants, 1):
+        alone = build("alone", mutant.apply(SWITCHED))(0)
+        assert among_all(number) == alone, mutant
+        assert alone != unchanged, mutant
+
+
+CONFTEST = """\
+import pytest
+def build_test_module(target):
+    raise AssertionError("built anew")
+@pytest.fixture(scope="session")
+def test_module():
+    return build_test_module
+"""
+REACHED = """\
+extern "C" __attribute__((visibility("default"))) int act(int n) {
+  if (n > 3) return n == 5 || n == 6;
+  return 0;
+}
+"""
+MODULE_OF_REACHED = """\
+import ctypes
+__file__ = __file__[:-3] + ".so"
+act = ctypes.CDLL(__file__).act
+"""
+TEST_OF_REACHED = """\
+import pytest
+@pytest.fixture(scope="module")
+def module(test_module):
+    module = test_module("_it")
+    assert module.act(0) == 0
+    return module
+def test_five(module):
+    assert module.act(5) == 1
+def test_nothing(module):
+    pass
+def test_seven(module):
+    assert module.act(7) == 0
+"""
+
+
+def test_each_test_reports_the_mutants_it_reaches(tools, tmp_path, monkeypatch):
+    kernel_mutants, mutate = tools
+    cxx = shutil.which(os.environ.get("CXX", "c++"))
+    if cxx is None:
+        pytest.skip("a C++ compiler builds the mutants and was not found")
+    mutants = kernel_mutants.find_mutants("f.cuh", REACHED)[0]
+    numbers = {mutant: number for number, mutant in enumerate(mutants, 1)}
+    assert list(numbers.values()) == [1, 2, 3, 4, 5, 6]
+    (tmp_path / "it.cpp").write_text(importlib.import_module("mutant_switches").write_switches(REACHED, numbers))
+    header = ["-include", str(ROOT / "tests/emulator/mutants.h"), "-DRETINANET_EXT_MUTANTS=6"]
+    flags = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", *header]
+    subprocess.run([cxx, *flags, str(tmp_path / "it.cpp"), "-o", str(tmp_path / "it.so")], check=True)
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_it.py").write_text(TEST_OF_REACHED)
+    # The library stands for the module that is loaded from it.
+    (tmp_path / "it.py").write_text(MODULE_OF_REACHED)
+    server = mutate.Server("plain", tmp_path)
+    request = {"tree": str(tmp_path), "tests": ["test_it.py"], "seconds": {}, "silence": 20.0}
+    libraries = {"_it": str(tmp_path / "it.py")}
+    all_tests = server.run(**request, part="all", libraries=libraries, mutants=6)
+    one_test = server.run(**request, part="quick", libraries=libraries, only=["test_it.py::test_seven"])
+    server.close()
+    assert all_tests["reached"] == {
+        "test_it.py": [1, 2],
+        "test_it.py::test_five": [1, 2, 3, 4],
+        "test_it.py::test_seven": [1, 2, 3, 4, 5, 6],
+    }
+    assert list(one_test["seconds"]) == ["test_it.py::test_seven"]
+
+
+def test_what_must_be_constant_is_compiled_alone(tools, tree):
+    """A mutant that the compiler refuses behind a number loses it, and the others keep theirs."""
+    mutate = tools[1]
+    builds = importlib.import_module("mutant_builds")
+    (tree / "tests/emulator/mutants.h").write_text("")
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        (tree / name).write_text("")
+    mutants = mutate.find_all(tree, mutate.find_modules(tree))[0]
+    other = dataclasses.replace(mutants[1], line_number=9)
+
+    class Compiler:
+        origin = tree
+        complains = f"{tree}/copy/csrc/x/both.cuh:2:7: error: not a constant"
+
+        def compile(self, folder, module, mode, *flags):
+            return "library", self.complains if "mutants::at(1" in (folder / "csrc/x/both.cuh").read_text() else ""
+
+    switched = builds.SwitchedTree(Compiler(), tree / "copy", [mutants[0], other])
+    assert switched.build(mutate.find_modules(tree)[0], "plain") == "library"
+    assert switched.numbers == {other: 2}
+    assert "mutants::at(-1, 2)" in (tree / "copy/csrc/x/both.cuh").read_text()
 
 
 @pytest.mark.parametrize(
@@ -340,12 +576,7 @@ def test_the_test_process_tells_failures_crashes_and_hangs_apart(tools, tmp_path
     """Real tests of a made-up module, in the forks that judge mutants."""
     mutate = tools[1]
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
-    (tmp_path / "conftest.py").write_text(
-        "import pytest\n"
-        "def build_test_module(target):\n    raise AssertionError('built anew')\n"
-        "@pytest.fixture\n"
-        "def test_module():\n    return build_test_module\n"
-    )
+    (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_it.py").write_text(
         "def test_slow(test_module):\n    test_module('_it').act()\n"
         "def test_quick(test_module):\n    assert test_module('_it').answer == 42, 'the answer is wrong'\n"

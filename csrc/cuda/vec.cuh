@@ -19,14 +19,22 @@ struct alignas(kVectorBytes) Vec {
   uint32_t words[4];
 };
 
+#if !defined(__CUDA_ARCH__)
+// What the host reads and writes in one piece: an address that is not aligned is an error to UBSan, as it is to a GPU.
+struct alignas(kVectorBytes) [[gnu::may_alias]] HostWords {
+  uint32_t words[4];
+};
+#endif
+
 template <typename S>
 RNX_HD Vec<S> load_vector(const S* source) {
 #if defined(__CUDA_ARCH__)
   const uint4 words = *reinterpret_cast<const uint4*>(source);
   return {{words.x, words.y, words.z, words.w}};
 #else
+  const HostWords loaded = *reinterpret_cast<const HostWords*>(source);
   Vec<S> vector;
-  std::memcpy(&vector, source, sizeof(vector));
+  std::memcpy(&vector, &loaded, sizeof(vector));
   return vector;
 #endif
 }
@@ -39,11 +47,13 @@ RNX_HD void store_vector(S* target, const Vec<S>& vector) {
                "r"(vector.words[0]), "r"(vector.words[1]), "r"(vector.words[2]), "r"(vector.words[3])
                : "memory");
 #else
-  std::memcpy(target, &vector, sizeof(vector));
+  HostWords stored;
+  std::memcpy(&stored, &vector, sizeof(stored));
+  *reinterpret_cast<HostWords*>(target) = stored;
 #endif
 }
 
-inline bool is_vector_aligned(const void* pointer) {
+RNX_HD bool is_vector_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
 }
 

@@ -145,7 +145,7 @@ std::vector<double> image_scales(const MultilevelArgs& args) {
 }
 
 template <typename T>
-LevelImage<T> describe(const MultilevelArgs& args, const FocalLevel& level, int64_t image, Tensor* gradient,
+LevelImage<T> describe(const MultilevelArgs& args, const LogitLevel& level, int64_t image, Tensor* gradient,
                        size_t gradient_bytes, double grad_scale) {
   const int64_t k = args.num_classes;
   const int64_t size = level.logits.element_size();
@@ -189,7 +189,7 @@ double run(const MultilevelArgs& args, double upstream, std::vector<Tensor>& gra
   }
   std::vector<LevelImage<T>> parts;
   for (size_t l = 0; l < args.levels.size(); ++l) {
-    const FocalLevel& level = args.levels[l];
+    const LogitLevel& level = args.levels[l];
     if (level.rows() == 0) continue;
     Tensor* gradient = differentiates(kTask) ? &gradients[l] : nullptr;
     if (gradient != nullptr) {

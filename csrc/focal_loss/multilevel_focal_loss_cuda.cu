@@ -62,7 +62,7 @@ int run(const CudaScope& scope, const MultilevelArgs& args, std::vector<Tensor>&
   kernel.filled = filled;
   int blocks = 0;
   for (size_t i = 0; i < args.levels.size(); ++i) {
-    const FocalLevel& level = args.levels[i];
+    const LogitLevel& level = args.levels[i];
     if (level.rows() > 0 && args.batch > 0) {
       const LevelMemory memory{level.logits.const_data_ptr(),
                                differentiates(kTask) ? gradients[i].mutable_data_ptr() : nullptr,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .classes import check_classes
 from .dataset import DatasetError, DetectionDataset, Problem, RawObject, add_objects, check_images
 
 
@@ -24,7 +25,7 @@ class CocoDataset(DetectionDataset):
     An image id or category id that comes again is reported and its second use left out; an annotation id that
     comes again is reported, and left out if the annotation is the same. Categories of one name are reported and
     merged: one class, which keeps the lowest of their ids. Raises DatasetError where the json is
-    missing, broken or not of this form, or no image is usable.
+    missing, broken or not of this form, no image is usable, or no category is one of `class_names`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class CocoDataset(DetectionDataset):
         categories = _read_categories(content["categories"], file, problems)
         if class_names is None:
             class_names = list(dict.fromkeys(categories[category_id] for category_id in sorted(categories)))
+        check_classes(file, class_names, categories.values())
         label_of_name = {name: label for label, name in enumerate(class_names)}
         label_of_id = {i: label_of_name[name] for i, name in categories.items() if name in label_of_name}
         category_ids = _ids_for(class_names, categories)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from .classes import check_classes
 from .dataset import DatasetError, DetectionDataset, Problem, RawObject, add_objects, check_images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -23,7 +24,8 @@ class VocDataset(DetectionDataset):
     Objects of another class are left out and reported. `difficult` objects are marked `ignore`. Image ids are
     the line numbers of the list. `verify`: "header" or "decode", see `data.dataset`.
 
-    Raises DatasetError where the folder or the list is missing, or no image is usable.
+    Raises DatasetError where the folder or the list is missing, no image is usable, or no object is of one of
+    `class_names`.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class VocDataset(DetectionDataset):
         names = _read_split(root, split, problems)
         annotations = {name: _read_xml(root / "Annotations" / f"{name}.xml", problems) for name in names}
         annotations = {name: tree for name, tree in annotations.items() if tree is not None}
+        found = {_child_text(item, "name") for tree in annotations.values() for item in tree.findall("object")}
         if class_names is None:
-            found = {_child_text(item, "name") for tree in annotations.values() for item in tree.findall("object")}
             class_names = sorted(found - {""})
+        check_classes(f"{root} [{split}]", class_names, sorted(found - {""}))
         label_of = {name: label for label, name in enumerate(class_names)}
 
         candidates = []

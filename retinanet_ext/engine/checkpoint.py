@@ -8,6 +8,7 @@ disk and renamed, so a crash at any moment leaves the old file or the new one, n
 import os
 import pickle
 import random
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,7 +132,9 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         )
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {_unpickling_reason(error)}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
@@ -145,6 +148,17 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             "update retinanet_ext"
         )
     return content
+
+
+def _unpickling_reason(error: pickle.UnpicklingError) -> str:
+    """One sentence for torch's page of advice, which is about loading such a file nevertheless."""
+    found = re.search(r"\bGLOBAL (\S+)", str(error))
+    if found is None:
+        return "it is damaged, or was not written by retinanet-ext train"
+    return (
+        f"it holds a pickled object ({found[1]}), which could run any code, where retinanet-ext train writes tensors "
+        "and plain values alone"
+    )
 
 
 def load_model(

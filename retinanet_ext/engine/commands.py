@@ -3,16 +3,19 @@
 import argparse
 import shlex
 import sys
+from typing import Any
 
 from retinanet_ext.data import open_dataset
-from retinanet_ext.data.extras import require, require_all
+from retinanet_ext.data.extras import require_all
 
 from . import demo
-from .checkpoint import load_model
+from .checkpoint import load_checkpoint, load_model
 from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers, resume_config
-from .evaluate import evaluate, format_metrics
+from .evaluate import evaluate, format_best, format_metrics
 from .predict import find_images, predict_files
+from .progress import track
 from .run_folder import RunFolder, new_run_dir, write_json
+from .settings import SettingError, UsageError, check_count, check_probability
 from .train import EXTRAS, Training, report_problems
 
 # What --resume lets change.
@@ -21,59 +24,56 @@ _RESUME_CHANGES = ("epochs", "device", "workers")
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Train, or go on with a run."""
-    if arguments.resume is not None:
-        if arguments.data is not None or arguments.run_dir is not None:
-            raise ValueError("--resume takes DATA and --run-dir from the run: leave them out")
-        _refuse_changes(arguments)
-        changes = {name: getattr(arguments, name) for name in _RESUME_CHANGES}
-        training = Training(resume_config(arguments.resume, **changes), arguments.resume, resume=True)
-    else:
-        if arguments.data is None:
-            raise ValueError("DATA is missing: name a data set, or a run to go on with (--resume RUN)")
-        config = TrainConfig(
-            data=arguments.data,
-            images=arguments.images,
-            split=arguments.split,
-            val_data=arguments.val_data,
-            val_images=arguments.val_images,
-            val_split=arguments.val_split,
-            validate_every=0 if arguments.no_val else arguments.val_every,
-            arch=arguments.arch,
-            norm=arguments.norm,
-            min_size=tuple(arguments.min_size),
-            max_size=arguments.max_size,
-            anchor_sizes=tuple(arguments.anchor_sizes),
-            aspect_ratios=tuple(arguments.aspect_ratios),
-            epochs=12 if arguments.epochs is None else arguments.epochs,
-            batch_size=arguments.batch_size,
-            optimizer=arguments.optimizer,
-            lr=arguments.lr,
-            weight_decay=arguments.weight_decay,
-            schedule=arguments.schedule,
-            warmup_steps=arguments.warmup_steps,
-            clip_grad_norm=arguments.clip_grad_norm,
-            hflip=arguments.hflip,
-            vflip=arguments.vflip,
-            seed=arguments.seed,
-            workers=arguments.workers,
-            device=arguments.device or "auto",
-            amp=arguments.amp,
-            channels_last=arguments.channels_last,
-            verify=arguments.check_images,
-            strict=arguments.strict,
-        )
-        with new_run_dir(arguments.run_dir, "train") as folder:
-            training = Training(config, folder)
+    training = _begin(arguments) if arguments.resume is None else _resume(arguments)
     run_dir = training.run.root
     try:
-        result = training.fit()
+        training.fit()
     except KeyboardInterrupt:
         print(f"\ninterrupted: go on with: retinanet-ext train --resume {shlex.quote(str(run_dir))}", file=sys.stderr)
         return 130
-    if result is not None:
-        print(format_metrics(result))
-    print(f"weights: {training.run.best}\nlogs and plots: {run_dir}")
+    print(_summary(training.run, training.config.epochs))
     return 0
+
+
+def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `train` that were typed: its parser gives no others, so that TrainConfig alone has the
+    defaults, and a resumed run sees what it was asked to change."""
+    return {name: value for name, value in vars(arguments).items() if name not in ("command", "resume", "run_dir")}
+
+
+def _begin(arguments: argparse.Namespace) -> Training:
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in _typed(arguments).items()}
+    if "data" not in settings:
+        raise UsageError("DATA is missing: name a data set, or a run to go on with (--resume RUN)")
+    if settings.pop("no_val", False):
+        settings["validate_every"] = 0
+    config = TrainConfig(**settings)
+    with new_run_dir(arguments.run_dir, "train") as folder:
+        return Training(config, folder)
+
+
+def _resume(arguments: argparse.Namespace) -> Training:
+    typed = _typed(arguments)
+    if "data" in typed or arguments.run_dir is not None:
+        raise UsageError("--resume takes DATA and --run-dir from the run: leave them out")
+    if refused := [name for name in typed if name not in _RESUME_CHANGES]:
+        free = ", ".join(f"--{name}" for name in _RESUME_CHANGES)
+        raise SettingError(refused, f"cannot be changed: --resume goes on as the run began (only {free} may be given)")
+    return Training(resume_config(arguments.resume, **typed), arguments.resume, resume=True)
+
+
+def _summary(run: RunFolder, epochs: int) -> str:
+    """What a finished run has to show: the validation of the epoch whose weights best.pt holds, and where things are.
+
+    Read from the files: the best epoch may be one from before the run was resumed.
+    """
+    lines, of_epoch = [], ""
+    if run.best.exists():
+        epoch = load_checkpoint(run.best)["epoch"]
+        of_epoch = f" (epoch {epoch})"
+        if (result := run.read_evaluation()) is not None:
+            lines.append(format_best(result, epoch, epochs))
+    return "\n".join([*lines, f"weights: {run.best}{of_epoch}", f"logs and plots: {run.root}"])
 
 
 def _refuse_changes(arguments: argparse.Namespace) -> None:
@@ -91,6 +91,7 @@ def _refuse_changes(arguments: argparse.Namespace) -> None:
 
 def run_val(arguments: argparse.Namespace) -> int:
     """Evaluate a checkpoint on a data set."""
+    check_count("batch_size", arguments.batch_size)
     require_all(*EXTRAS)
     with new_run_dir(arguments.run_dir, "val") as folder:
         return _val(arguments, RunFolder(folder))
@@ -99,13 +100,14 @@ def run_val(arguments: argparse.Namespace) -> int:
 def _val(arguments: argparse.Namespace, run: RunFolder) -> int:
     run.check_empty()
     device = resolve_device(arguments.device or "auto")
+    workers = resolve_workers(arguments.workers, device)
     model, class_names, _ = load_model(arguments.weights, device)
     dataset = open_dataset(
         arguments.data,
         arguments.split,
         images=arguments.images,
         class_names=class_names,
-        verify="decode" if arguments.strict else arguments.check_images,
+        verify="decode" if arguments.strict else arguments.verify,
     )
     run.problems.unlink(missing_ok=True)
     report_problems(dataset, run, print, arguments.strict)
@@ -114,9 +116,9 @@ def _val(arguments: argparse.Namespace, run: RunFolder) -> int:
         dataset,
         batch_size=arguments.batch_size,
         device=device,
-        workers=resolve_workers(arguments.workers, device),
+        workers=workers,
         amp=resolve_amp(arguments.amp, device),
-        progress=lambda batches: require("tqdm").tqdm(batches, unit="batch", disable=None),
+        progress=lambda batches: track(batches, "batch"),
     )
     run.add_problems(result.problems)
     for problem in result.problems:
@@ -130,6 +132,8 @@ def _val(arguments: argparse.Namespace, run: RunFolder) -> int:
 
 def run_predict(arguments: argparse.Namespace) -> int:
     """Detect objects in image files."""
+    for name in ("score", "min_score"):
+        check_probability(name, getattr(arguments, name), "a score")
     require_all("PIL.Image", "tqdm")
     with new_run_dir(arguments.run_dir, "predict") as folder:
         return _predict(arguments, RunFolder(folder))
@@ -148,7 +152,7 @@ def _predict(arguments: argparse.Namespace, run: RunFolder) -> int:
         score=arguments.score,
         picture_folder=None if arguments.no_pictures else run.root / "pictures",
         amp=resolve_amp(arguments.amp, device),
-        progress=lambda items: require("tqdm").tqdm(items, unit="image", disable=None),
+        progress=lambda items: track(items, "image"),
     )
     problems += result.problems
     run.problems.unlink(missing_ok=True)

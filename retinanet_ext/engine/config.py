@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from .run_folder import RunFolder, RunFolderError
+from .settings import SettingError, check_count, check_probability, check_sizes
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that defines a run; written to args.json. None: chosen from the rest, see `resolve`.
+    """Everything that defines a run; written to args.json. None: chosen from the rest, see `resolve`. A wrong value
+    raises SettingError.
 
     `data`, `images`, `split`: see `data.open_dataset`; `val_*` likewise, `val_data` None: `data`.
     `anchor_sizes`: the smallest anchor side of each of the five levels in pixels; each level has it times 1,
@@ -57,19 +59,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")
+            check_count(name, getattr(self, name))
         for name in ("seed", "validate_every", "clip_grad_norm", "warmup_steps", "workers", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+                raise SettingError(name, f"expected a number >= 0, got {value!r}")
         if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr: expected a number > 0, got {self.lr!r}")
+            raise SettingError("lr", f"expected a number > 0, got {self.lr!r}")
+        for name in ("hflip", "vflip"):
+            check_probability(name, getattr(self, name))
+        check_sizes(("min_size", "max_size"), self.min_size, self.max_size)
         if len(self.anchor_sizes) != 5 or not all(size >= 1 and math.isfinite(size) for size in self.anchor_sizes):
-            raise ValueError(
-                "anchor_sizes: expected five sizes of at least 1 pixel, one a level from P3 to P7, "
-                f"got {self.anchor_sizes!r}"
+            raise SettingError(
+                "anchor_sizes",
+                f"expected five sizes of at least 1 pixel, one a level from P3 to P7, got {self.anchor_sizes!r}",
             )
+        if not self.aspect_ratios or not all(ratio > 0 and math.isfinite(ratio) for ratio in self.aspect_ratios):
+            raise SettingError("aspect_ratios", f"expected numbers > 0, got {self.aspect_ratios!r}")
 
     def to_args(self) -> dict[str, Any]:
         """What args.json holds: the fields, paths made absolute, so that a run goes on from any folder."""
@@ -96,21 +102,21 @@ def octaves(sizes: Iterable[float]) -> list[list[int]]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto": CUDA where there is one, else the CPU. Raises ValueError for a device that is not there."""
+    """ "auto": CUDA where there is one, else the CPU. Raises SettingError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device: expected auto, cpu or cuda[:N], got {name!r}") from error
+        raise SettingError("device", f"expected auto, cpu or cuda[:N], got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "device: cuda was asked for, and torch finds no usable CUDA device here (see: retinanet-ext env)"
+        raise SettingError(
+            "device", "cuda was asked for, and torch finds no usable CUDA device here (see: retinanet-ext env)"
         )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise ValueError(f"device: got {name!r}, and there are {torch.cuda.device_count()} CUDA devices")
+        raise SettingError("device", f"got {name!r}, and there are {torch.cuda.device_count()} CUDA devices")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu or cuda[:N], got {name!r}")
+        raise SettingError("device", f"expected auto, cpu or cuda[:N], got {name!r}")
     return device
 
 
@@ -123,8 +129,11 @@ def resolve_amp(amp: bool | None, device: torch.device) -> bool:
 
 def resolve_workers(workers: int | None, device: torch.device) -> int:
     """Loader processes: as asked, else 4 beside a GPU, and none on the CPU, where the model needs the
-    cores."""
-    return workers if workers is not None else (4 if device.type == "cuda" else 0)
+    cores. Raises SettingError for less than none."""
+    if workers is None:
+        return 4 if device.type == "cuda" else 0
+    check_count("workers", workers, least=0)
+    return workers
 
 
 def resume_config(run_dir: str | Path, **changes: Any) -> TrainConfig:

@@ -10,7 +10,7 @@ from retinanet_ext.data.extras import require_all
 
 from .checkpoint import load_model
 from .config import TrainConfig, resolve_amp, resolve_device
-from .evaluate import evaluate, format_metrics
+from .evaluate import evaluate, format_best
 from .predict import write_label_sheet, write_sheet
 from .run_folder import RunFolder
 from .train import EXTRAS, Training
@@ -72,22 +72,22 @@ def run_demo(
     run_dir = Path(run_dir)
     run = RunFolder(run_dir)
     run.check_free()
-    data = generate_shapes(
-        run_dir / "data", train_images=train_images, val_images=val_images, image_size=IMAGE_SIZE, seed=seed
-    )
-    say(f"generated {train_images} training and {val_images} validation images in {data}")
+    data = run_dir / "data"
+    # Before anything is written: they refuse wrong arguments.
     config = demo_config(data, epochs=epochs, device=device, seed=seed)
-    Training(config, run_dir, say=say).fit()
     torch_device = resolve_device(device)
+    generate_shapes(data, train_images=train_images, val_images=val_images, image_size=IMAGE_SIZE, seed=seed)
+    say(f"generated {train_images} training and {val_images} validation images in {data}")
+    Training(config, run_dir, say=say).fit()
     amp = resolve_amp(None, torch_device)
-    model, class_names, _ = load_model(run.best, torch_device)
+    model, class_names, checkpoint = load_model(run.best, torch_device)
     val_set = open_dataset(data, "val", class_names=class_names)
     result = evaluate(model, val_set, device=torch_device, amp=amp)
     run.write_evaluation(result)
     predictions, labels = run_dir / "predictions.jpg", run_dir / "labels.jpg"
     write_sheet(model, val_set, predictions, device=torch_device, amp=amp)
     write_label_sheet(val_set, labels)
-    say(format_metrics(result))
+    say(format_best(result, checkpoint["epoch"], epochs))
     return DemoResult(
         run_dir,
         result.metrics["AP"],

@@ -29,13 +29,13 @@ class Evaluation:
 
     `metrics`: COCO's nine that matter, by the names of METRICS. `per_class`: one dictionary a class: name,
     images, objects, AP, AP50, AP75, AR100. `precision50` float64 [101, K]: precision at IoU 0.5 at recall 0,
-    0.01, ..., 1. `detections`: COCO results (image_id, category_id, bbox xywh, score, file_name). `seconds`:
-    predicting alone.
+    0.01, ..., 1; None where the evaluation was read back from files. `detections`: COCO results (image_id,
+    category_id, bbox xywh, score, file_name). `seconds`: predicting alone.
     """
 
     metrics: dict[str, float]
     per_class: list[dict[str, Any]]
-    precision50: np.ndarray
+    precision50: np.ndarray | None
     detections: list[dict[str, Any]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     images: int = 0
@@ -193,6 +193,11 @@ def format_metrics(result: Evaluation) -> str:
         figures = "  ".join(_figure(row[name]) for name in ("AP", "AP50", "AP75", "AR100"))
         lines.append(f"{row['class']:<{width}}  {row['images']:>6}  {row['objects']:>7}  {figures}")
     return "\n".join(lines)
+
+
+def format_best(result: Evaluation, epoch: int, epochs: int) -> str:
+    """`format_metrics` of the epoch whose weights are kept as best.pt, headed by which that is."""
+    return f"validation of epoch {epoch} of {epochs}, whose weights best.pt holds:\n{format_metrics(result)}"
 
 
 def _scorer_class():

@@ -33,7 +33,8 @@ def find_images(sources: Iterable[str | Path]) -> tuple[list[Path], list[Problem
         if source.is_dir():
             found = sorted(p for p in source.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
             if not found:
-                problems.append(Problem(str(source), "", "empty folder: no image in it"))
+                hint = f"; the images of a VOC folder are in {voc}" if (voc := source / "JPEGImages").is_dir() else ""
+                problems.append(Problem(str(source), "", f"empty folder: no image in it{hint}"))
             paths.extend(found)
         elif source.suffix.lower() == ".txt" and source.is_file():
             try:

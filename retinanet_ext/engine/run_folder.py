@@ -23,11 +23,13 @@ EPOCH_COLUMNS = (
     "total",
     "foreground",
     "lr",
-    "seconds_per_step",
+    "mean_seconds_per_step",
     "memory_mb",
     *METRICS,
     "val_seconds",
 )
+
+CLASS_COLUMNS = ("class", "images", "objects", "AP", "AP50", "AP75", "AR100")
 
 
 class RunFolderError(ValueError):
@@ -143,17 +145,29 @@ class RunFolder:
             self.root / "metrics.json",
             {**metrics, "images": result.images, "predict_seconds": round(result.seconds, 3)},
         )
-        columns = ("class", "images", "objects", "AP", "AP50", "AP75", "AR100")
-        _write_rows(self.root / "per_class.csv", columns, result.per_class)
+        _write_rows(self.root / "per_class.csv", CLASS_COLUMNS, result.per_class)
         write_json(self.root / "detections.json", result.detections, indent=None)
         plot_precision_recall(result, self.root / "PR_curve.png")
 
+    def read_evaluation(self) -> Evaluation | None:
+        """The figures of metrics.json and per_class.csv, None where they are not there: an evaluation without
+        `precision50`, `detections` and `problems`."""
+        metrics_file, classes_file = self.root / "metrics.json", self.root / "per_class.csv"
+        if not (metrics_file.exists() and classes_file.exists()):
+            return None
+        content = json.loads(metrics_file.read_text(encoding="utf-8"))
+        metrics = {name: math.nan if content[name] is None else content[name] for name in METRICS}
+        with open(classes_file, newline="", encoding="utf-8") as stream:
+            per_class = [_class_figures(row) for row in csv.DictReader(stream)]
+        return Evaluation(metrics, per_class, None, images=content["images"], seconds=content["predict_seconds"])
+
 
 class StepLog:
-    """steps.csv, a row an optimizer step, kept open over an epoch."""
+    """steps.csv, a row an optimizer step, kept open over an epoch; each row is in the file at once."""
 
     def __init__(self, path: Path):
-        self.stream = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        # Line by line: a run that is killed leaves the steps it has made, and who follows the file sees them.
+        self.stream = open(path, "a", buffering=1, newline="", encoding="utf-8")  # noqa: SIM115
         self.writer = csv.DictWriter(self.stream, STEP_COLUMNS, extrasaction="ignore")
 
     def add(self, row: dict[str, Any]) -> None:
@@ -170,6 +184,12 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write `content` to `path`, atomically."""
     text = json.dumps(content, indent=indent) + "\n"
     write_atomically(path, lambda stream: stream.write(text.encode()))
+
+
+def _class_figures(row: dict[str, str]) -> dict[str, Any]:
+    """A row of per_class.csv as `Evaluation.per_class` has it."""
+    figures = {name: float(row[name] or math.nan) for name in ("AP", "AP50", "AP75", "AR100")}
+    return {"class": row["class"], "images": int(row["images"]), "objects": int(row["objects"]), **figures}
 
 
 def _formatted(row: dict[str, Any]) -> dict[str, Any]:

@@ -30,8 +30,10 @@ from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers
 from .evaluate import METRICS, Evaluation, evaluate
 from .loop import StepRecord, TrainingError, train_steps
 from .plots import plot_results
+from .progress import Progress
 from .run_folder import RunFolder, RunFolderError, StepLog, write_json
 from .schedule import CLIP_GRAD_NORM, default_rate, default_warmup, make_optimizer, make_scheduler
+from .settings import SettingError
 
 EXTRAS = ("PIL.Image", "pycocotools.coco", "matplotlib.figure", "tqdm")
 
@@ -96,6 +98,8 @@ class Training:
         self.amp = resolve_amp(config.amp, self.device)
         self.workers = resolve_workers(config.workers, self.device)
         checkpoint = self._resumed_checkpoint() if resume else None
+        if checkpoint is not None and config.epochs < checkpoint["epoch"]:
+            raise SettingError("epochs", f"the run has finished {checkpoint['epoch']} already, got {config.epochs}")
         if not resume:
             self.run.check_free()
             self.run.problems.unlink(missing_ok=True)
@@ -172,20 +176,19 @@ class Training:
             f"of {config.batch_size} images, run folder {self.run.root}"
         )
         result = None
-        bar = require("tqdm").tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None)
-        with bar:
+        with Progress(self.total_steps, "step", done=self.step) as progress:
             while self.epoch < config.epochs:
-                row = self._train_epoch(bar)
+                row = self._train_epoch(progress)
                 result = self._validate(row) or result
                 self.run.add_epoch(row)
                 self._save(self.run.last, whole=True)
-                bar.write(self._line(row))
+                progress.write(self._line(row))
                 if on_epoch_end is not None:
                     on_epoch_end(self)
         plot_results(self.run.results, self.run.steps, self.run.root / "results.png")
         return result
 
-    def _train_epoch(self, bar) -> dict[str, Any]:
+    def _train_epoch(self, progress: Progress) -> dict[str, Any]:
         """One pass over the training set; the row of results.csv without the validation."""
         self.loader.set_epoch(self.epoch)
         records: list[StepRecord] = []
@@ -201,33 +204,32 @@ class Training:
             name_of=self.train_set.file_of,
             report=self._report_broken,
         )
-        bar.set_description(f"epoch {self.epoch + 1}/{self.config.epochs}")
+        progress.describe(f"epoch {self.epoch + 1}/{self.config.epochs}")
         with StepLog(self.run.steps) as log:
             for record in steps:
                 records.append(record)
                 log.add({**dataclasses.asdict(record), "epoch": self.epoch + 1})
-                bar.set_postfix(
+                progress.advance(
                     cls=f"{record.classification:.3f}",
                     box=f"{record.bbox_regression:.3f}",
                     fg=f"{record.foreground:.0f}",
                     lr=f"{record.lr:.1e}",
-                    refresh=False,
                 )
-                bar.update()
         if not records:
             raise TrainingError(f"epoch {self.epoch + 1}: no image of {self.train_set.name} could be read")
         self.epoch += 1
         self.step = records[-1].step
         names = ("classification", "bbox_regression", "total", "foreground")
         row = {name: sum(getattr(r, name) for r in records) / len(records) for name in names}
-        seconds = sorted(record.seconds for record in records)[len(records) // 2]
+        # The mean, which the slow steps of a busy machine raise; a median would hide them.
+        seconds = sum(record.seconds for record in records) / len(records)
         memory = torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else math.nan
         return {
             "epoch": self.epoch,
             "step": self.step,
             **row,
             "lr": records[-1].lr,
-            "seconds_per_step": seconds,
+            "mean_seconds_per_step": seconds,
             "memory_mb": memory,
         }
 
@@ -295,7 +297,7 @@ class Training:
         line = (
             f"epoch {self.epoch}/{self.config.epochs}  classification {row['classification']:.4f}  "
             f"bbox_regression {row['bbox_regression']:.4f}  foreground {row['foreground']:.1f}  "
-            f"lr {row['lr']:.2e}  {row['seconds_per_step']:.3f} s/step"
+            f"lr {row['lr']:.2e}  {row['mean_seconds_per_step']:.3f} s a step (mean)"
         )
         if "AP" in row:
             line += f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.anchor_match import INTEGERS
+from ..ops.box_checks import INTEGERS
 
 
 def check_images(images: Sequence[Tensor] | Tensor) -> list[Tensor]:

@@ -1,6 +1,8 @@
 """The public operators: argument checks, documentation, autograd and fake kernels around the compiled library."""
 
-from .anchor_match import assign_targets, box_iou, decode_boxes, encode_boxes, match_anchors
+from .anchor_match import assign_targets, match_anchors
+from .box_coder import decode_boxes, encode_boxes
+from .box_iou import box_iou
 from .box_loss import box_regression_loss
 from .focal_loss import sigmoid_focal_loss
 from .multilevel_focal_loss import multilevel_focal_loss

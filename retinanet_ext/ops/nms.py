@@ -11,9 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import (
+    _load,  # noqa: F401 - registers the operators
+    reference,
+)
 from ..reference.nms import PaddedNMS
-from .anchor_match import INTEGERS, check_device, check_floating, check_no_vmap
+from .box_checks import INTEGERS, check_device, check_floating, check_no_vmap
+
+_nms = torch.ops.retinanet_ext.nms.default
+_padded = torch.ops.retinanet_ext.batched_nms_padded.default
+
+
+@torch.library.register_fake("retinanet_ext::nms")
+def _fake_nms(boxes, scores, labels, iou_threshold):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@torch.library.register_fake("retinanet_ext::batched_nms_padded")
+def _fake_padded(boxes, scores, labels, num_valid, iou_threshold, max_detections):
+    batch = boxes.shape[0]
+    indices = boxes.new_empty((batch, max_detections), dtype=torch.int64)
+    return indices, boxes.new_empty((batch,), dtype=torch.int32)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -33,7 +51,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         ValueError: mixed devices.
     """
     _check_boxes_scores("nms", boxes, scores)
-    return reference.nms(boxes, scores, iou_threshold)
+    if boxes.device.type != "cpu":
+        return reference.nms(boxes, scores, iou_threshold)
+    return _keep(boxes, scores, None, iou_threshold)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -65,7 +85,29 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
             f"got {len(boxes)} and {list(idxs.shape)}"
         )
     check_device("batched_nms", "idxs", idxs, boxes.device)
-    return reference.batched_nms(boxes, scores, idxs, iou_threshold)
+    if boxes.device.type != "cpu":
+        return reference.batched_nms(boxes, scores, idxs, iou_threshold)
+    return _keep(boxes, scores, _label_numbers(idxs), iou_threshold)
+
+
+def _keep(boxes: Tensor, scores: Tensor, labels: Tensor | None, iou_threshold: float) -> Tensor:
+    boxes, scores = _computable(boxes), _computable(scores)
+    return _nms(boxes[None], scores[None], None if labels is None else labels[None], float(iou_threshold))
+
+
+def _computable(values: Tensor) -> Tensor:
+    """In the type to compute in: float64 stays, everything narrower is float32."""
+    return values.detach().to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+
+
+def _label_numbers(labels: Tensor) -> Tensor:
+    """Labels as int64, equal exactly where the labels are: a NaN equals nothing, not even itself."""
+    if not labels.is_floating_point():
+        return labels.long()
+    bits = (labels.detach().double() + 0.0).view(torch.int64)
+    # Patterns of NaN that no other label has, one for each row.
+    unlike = torch.arange(len(labels), device=labels.device) - (1 << 51)
+    return torch.where(labels.isnan(), unlike, bits)
 
 
 def batched_nms_padded(
@@ -120,7 +162,11 @@ def batched_nms_padded(
         if num_valid.shape != boxes.shape[:1]:
             raise ValueError(f"{op}: num_valid: expected shape [{len(boxes)}], got {list(num_valid.shape)}")
         check_device(op, "num_valid", num_valid, boxes.device)
-    return reference.batched_nms_padded(boxes, scores, labels, iou_threshold, max_detections, num_valid)
+    if boxes.device.type != "cpu":
+        return reference.batched_nms_padded(boxes, scores, labels, iou_threshold, max_detections, num_valid)
+    boxes, scores = _computable(boxes), _computable(scores)
+    num_valid = None if num_valid is None else num_valid.clamp(max=boxes.shape[1]).int()
+    return PaddedNMS(*_padded(boxes, scores, labels.long(), num_valid, float(iou_threshold), int(max_detections)))
 
 
 def _check_boxes_scores(op: str, boxes: Tensor, scores: Tensor) -> None:

@@ -7,9 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import (
+    _load,  # noqa: F401 - registers the operators
+    reference,
+)
+from ..reference.focal_loss import compute_dtype
 from ..reference.postprocess import Detections
-from .anchor_match import check_anchors, check_device, check_floating, check_no_vmap
+from .box_checks import check_anchors, check_device, check_floating, check_no_vmap
+
+_detect = torch.ops.retinanet_ext.detect.default
+
+
+@torch.library.register_fake("retinanet_ext::detect")
+def _fake_detect(cls_logits, box_deltas, anchors, *options):
+    max_detections = options[6]
+    shape = (cls_logits[0].shape[0], max_detections)
+    dtype = torch.float64 if torch.float64 in (box_deltas[0].dtype, anchors.dtype) else torch.float32
+    return (
+        anchors.new_empty((*shape, 4), dtype=dtype),
+        anchors.new_empty(shape, dtype=compute_dtype(cls_logits[0].dtype)),
+        anchors.new_empty(shape, dtype=torch.int64),
+        anchors.new_empty(shape, dtype=torch.int64),
+        anchors.new_empty(shape[:1], dtype=torch.int32),
+    )
 
 
 def detect(
@@ -68,7 +88,7 @@ def detect(
             f"{op}: cls_logits, box_deltas: expected as many levels, at least one, "
             f"got {len(logit_levels)} and {len(delta_levels)}"
         )
-    batch, num_anchors, device = _check_levels(op, logit_levels, delta_levels)
+    batch, num_anchors, num_classes, device = _check_levels(op, logit_levels, delta_levels)
     check_anchors(op, anchors, batch)
     if anchors.shape[-2] != num_anchors:
         raise ValueError(f"{op}: anchors: expected {num_anchors}, as many as box_deltas, got {anchors.shape[-2]}")
@@ -77,6 +97,21 @@ def detect(
     for name, limit in (("topk_per_level", topk_per_level), ("max_detections", max_detections)):
         if limit < 0:
             raise ValueError(f"{op}: {name}: expected at least 0, got {limit}")
+    if device.type == "cpu" and num_classes > 0:
+        return Detections(
+            *_detect(
+                [level.detach() for level in logit_levels],
+                [level.detach() for level in delta_levels],
+                anchors.detach(),
+                *_split_sizes(image_sizes, device),
+                num_classes,
+                float(score_thresh),
+                int(topk_per_level),
+                float(nms_thresh),
+                int(max_detections),
+                bool(clip_before_nms),
+            )
+        )
     with torch.no_grad():
         return reference.detect(
             logit_levels,
@@ -93,8 +128,8 @@ def detect(
 
 def _check_levels(
     op: str, logit_levels: Sequence[Tensor], delta_levels: Sequence[Tensor]
-) -> tuple[int, int, torch.device]:
-    """Logits and deltas of each level are of the same anchors, with one K. Returns B, N and the device."""
+) -> tuple[int, int, int, torch.device]:
+    """Logits and deltas of each level are of the same anchors, with one K. Returns B, N, K and the device."""
     for name, levels in (("cls_logits", logit_levels), ("box_deltas", delta_levels)):
         for index, level in enumerate(levels):
             check_no_vmap(op, level)
@@ -126,7 +161,16 @@ def _check_levels(
             )
     if len(classes) != 1:
         raise ValueError(f"{op}: cls_logits: expected the same number of classes at every level, got {sorted(classes)}")
-    return batch, num_anchors, logit_levels[0].device
+    return batch, num_anchors, classes.pop(), logit_levels[0].device
+
+
+def _split_sizes(
+    image_sizes: Sequence[tuple[int, int]] | Tensor, device: torch.device
+) -> tuple[Tensor | None, list[float]]:
+    """As the operator takes them: a tensor on the device, or numbers."""
+    if isinstance(image_sizes, Tensor):
+        return image_sizes.to(device), []
+    return None, [float(side) for size in image_sizes for side in size]
 
 
 def _check_image_sizes(op: str, image_sizes: Sequence[tuple[int, int]] | Tensor, batch: int) -> None:

@@ -161,8 +161,10 @@ def match_anchors(
         gt_ignore = None if gt_ignore is None else split_packed(gt_ignore, gt_offsets)
 
     result = torch.full((len(gt_boxes), anchors.shape[-2]), BACKGROUND, dtype=torch.int32, device=anchors.device)
+    dtype = upcast(anchors).dtype
+    for image_boxes in gt_boxes:
+        dtype = torch.promote_types(dtype, upcast(image_boxes).dtype)
     for image, image_boxes in enumerate(gt_boxes):
-        dtype = torch.promote_types(upcast(anchors).dtype, upcast(image_boxes).dtype)
         image_anchors = (anchors if anchors.dim() == 2 else anchors[image]).to(dtype)
         image_boxes = image_boxes.to(dtype)
 

@@ -10,8 +10,7 @@
 // it, a warp function that not every thread of its mask reaches. Not seen: missing fences and weak memory order.
 #pragma once
 
-#include <ucontext.h>
-
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +22,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "stack_switch.h"
 
 #define __host__
 #define __device__
@@ -39,7 +40,6 @@ struct dim3 {
 namespace emulator {
 
 constexpr int kWarpSize = 32;
-constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr unsigned char kPoison = 0xa5;
 
 // The order in which fibers run. Every order is a possible one on a GPU.
@@ -60,8 +60,8 @@ enum class Wait { kNone, kBarrier, kWarp, kDone };
 struct Block;
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Turn turn;
+  Stack stack;
   Block* block = nullptr;
   dim3 thread;
   int index = 0;  // in the block
@@ -80,11 +80,26 @@ struct SharedArray {
 struct Block {
   dim3 index;
   std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::uint64_t> runnable;  // a bit for each fiber
   std::map<int, SharedArray> shared;
   int votes_or = 0;
   int votes_and = 1;
   int votes_count = 0;
   int unfinished = 0;
+  int at_barrier = 0;    // fibers that wait there
+  int barrier_site = 0;  // of the first of them
+
+  int size() const {
+    return static_cast<int>(fibers.size());
+  }
+  void set_runnable(int fiber) {
+    fibers[fiber]->wait = Wait::kNone;
+    runnable[fiber / 64] |= std::uint64_t{1} << fiber % 64;
+  }
+  void set_waiting(int fiber, Wait wait) {
+    fibers[fiber]->wait = wait;
+    runnable[fiber / 64] &= ~(std::uint64_t{1} << fiber % 64);
+  }
 };
 
 class Machine {
@@ -118,13 +133,13 @@ class Machine {
         throw EmulationError(stuck);
       }
       current_ = fiber;
-      swapcontext(&main_, &fiber->context);
+      main_.give_to(fiber->turn);
       current_ = nullptr;
       if (error_) {
         live_.clear();
         std::rethrow_exception(error_);
       }
-      settle(*fiber->block);
+      settle(*fiber);
       if (fiber->block->unfinished == 0) retire(fiber->block);
     }
   }
@@ -142,9 +157,9 @@ class Machine {
   // Lets others run; this fiber goes on when it is picked again and `wait` has been satisfied.
   void yield(Wait wait, int site) {
     Fiber* fiber = current_;
-    fiber->wait = wait;
+    if (wait != Wait::kNone) fiber->block->set_waiting(fiber->index, wait);
     fiber->site = site;
-    swapcontext(&fiber->context, &main_);
+    fiber->turn.give_to(main_);
   }
 
   template <typename T>
@@ -168,9 +183,9 @@ class Machine {
       machine.error_ = std::current_exception();
     }
     Fiber* fiber = machine.current_;
-    fiber->wait = Wait::kDone;
+    fiber->block->set_waiting(fiber->index, Wait::kDone);
     --fiber->block->unfinished;
-    swapcontext(&fiber->context, &machine.main_);
+    fiber->turn.give_to(machine.main_);
   }
 
   std::unique_ptr<Block> start_block(int linear) {
@@ -178,23 +193,21 @@ class Machine {
     block->index = dim3(linear % grid_.x, linear / grid_.x % grid_.y, linear / grid_.x / grid_.y);
     const int threads = static_cast<int>(block_size_.x * block_size_.y * block_size_.z);
     block->unfinished = threads;
+    block->runnable.resize((threads + 63) / 64);
     for (int i = 0; i < threads; ++i) {
       auto fiber = std::make_unique<Fiber>();
       fiber->block = block.get();
       fiber->index = i;
       fiber->thread = dim3(i % block_size_.x, i / block_size_.x % block_size_.y, i / block_size_.x / block_size_.y);
       if (free_stacks_.empty()) {
-        fiber->stack.reset(new char[kStackBytes]);
+        fiber->stack = make_stack();
       } else {
         fiber->stack = std::move(free_stacks_.back());
         free_stacks_.pop_back();
       }
-      getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.get();
-      fiber->context.uc_stack.ss_size = kStackBytes;
-      fiber->context.uc_link = nullptr;
-      makecontext(&fiber->context, &Machine::trampoline, 0);
+      fiber->turn.begin(fiber->stack.get(), &Machine::trampoline);
       block->fibers.push_back(std::move(fiber));
+      block->set_runnable(i);
     }
     return block;
   }
@@ -209,74 +222,88 @@ class Machine {
     }
   }
 
+  // The first, the last or any one of the fibers that can run, in the order of blocks and threads; null if none can.
   Fiber* pick() {
-    runnable_.clear();
+    int skip = 0;
+    if (schedule_.order != Order::kForward) {
+      int runnable = 0;
+      for (auto& block : live_) {
+        for (const std::uint64_t bits : block->runnable) runnable += __builtin_popcountll(bits);
+      }
+      if (runnable == 0) return nullptr;
+      skip = schedule_.order == Order::kBackward ? runnable - 1 : std::uniform_int_distribution<int>(0, runnable - 1)(random_);
+    }
     for (auto& block : live_) {
-      for (auto& fiber : block->fibers) {
-        if (fiber->wait == Wait::kNone) {
-          if (schedule_.order == Order::kForward) return fiber.get();
-          runnable_.push_back(fiber.get());
+      for (std::size_t word = 0; word < block->runnable.size(); ++word) {
+        std::uint64_t bits = block->runnable[word];
+        if (__builtin_popcountll(bits) <= skip) {
+          skip -= __builtin_popcountll(bits);
+          continue;
         }
+        for (; skip > 0; --skip) bits &= bits - 1;
+        return block->fibers[word * 64 + static_cast<std::size_t>(__builtin_ctzll(bits))].get();
       }
     }
-    if (runnable_.empty()) return nullptr;
-    if (schedule_.order == Order::kBackward) return runnable_.back();
-    return runnable_[std::uniform_int_distribution<std::size_t>(0, runnable_.size() - 1)(random_)];
+    return nullptr;
   }
 
-  // Releases barriers and warp functions that all their threads have reached.
-  void settle(Block& block) {
-    int at_barrier = 0;
-    int site = 0;
-    for (auto& fiber : block.fibers) {
-      if (fiber->wait == Wait::kBarrier) {
-        if (at_barrier++ == 0) site = fiber->site;
-        if (fiber->site != site) {
-          throw EmulationError("threads of a block wait at different barriers: lines " + std::to_string(site) + " and " +
-                               std::to_string(fiber->site));
-        }
+  // After a fiber's turn: releases the barrier or the warp function that all its threads have reached.
+  void settle(Fiber& fiber) {
+    Block& block = *fiber.block;
+    if (fiber.wait == Wait::kBarrier) {
+      if (block.at_barrier++ == 0) block.barrier_site = fiber.site;
+      if (fiber.site != block.barrier_site) {
+        throw EmulationError("threads of a block wait at different barriers: lines " + std::to_string(block.barrier_site) +
+                             " and " + std::to_string(fiber.site));
       }
     }
-    if (at_barrier > 0 && block.unfinished < static_cast<int>(block.fibers.size())) {
+    if (block.at_barrier > 0 && block.unfinished < block.size()) {
       throw EmulationError("a thread has left the kernel while others wait at the barrier in line " +
-                           std::to_string(site));
+                           std::to_string(block.barrier_site));
     }
-    if (at_barrier == static_cast<int>(block.fibers.size())) {
-      block.votes_or = 0;
-      block.votes_and = 1;
-      block.votes_count = 0;
-      for (auto& fiber : block.fibers) {
-        block.votes_or |= fiber->vote != 0;
-        block.votes_and &= fiber->vote != 0;
-        block.votes_count += fiber->vote != 0;
-        fiber->wait = Wait::kNone;
-      }
-    }
-    const int fibers = static_cast<int>(block.fibers.size());
-    for (int first = 0; first < fibers; first += kWarpSize) settle_warp(block, first, std::min(first + kWarpSize, fibers));
+    if (block.at_barrier == block.size()) release_barrier(block);
+    if (fiber.wait == Wait::kWarp || fiber.wait == Wait::kDone) settle_warp(block, fiber);
   }
 
-  void settle_warp(Block& block, int first, int last) {
-    for (int i = first; i < last; ++i) {
-      Fiber& leader = *block.fibers[i];
-      if (leader.wait != Wait::kWarp) continue;
-      unsigned arrived = 0;
-      for (int j = first; j < last; ++j) {
-        const Fiber& other = *block.fibers[j];
-        if (other.wait == Wait::kWarp && other.site == leader.site && other.mask == leader.mask) arrived |= 1u << (j - first);
-        if ((leader.mask >> (j - first) & 1u) != 0 && other.wait == Wait::kDone) {
-          throw EmulationError("a thread has left the kernel and is in the mask of the warp function in line " +
-                               std::to_string(leader.site));
-        }
+  static void release_barrier(Block& block) {
+    block.at_barrier = 0;
+    block.votes_or = 0;
+    block.votes_and = 1;
+    block.votes_count = 0;
+    for (int i = 0; i < block.size(); ++i) {
+      const int vote = block.fibers[i]->vote;
+      block.votes_or |= vote != 0;
+      block.votes_and &= vote != 0;
+      block.votes_count += vote != 0;
+      block.set_runnable(i);
+    }
+  }
+
+  // `fiber` has reached a warp function, or left the kernel.
+  static void settle_warp(Block& block, const Fiber& fiber) {
+    const int first = fiber.index / kWarpSize * kWarpSize;
+    const int count = std::min(kWarpSize, block.size() - first);
+    const auto is_in = [first](int index, unsigned mask) { return (mask >> (index - first) & 1u) != 0; };
+    unsigned arrived = 0;
+    for (int i = first; i < first + count; ++i) {
+      const Fiber& other = *block.fibers[i];
+      const bool waits = other.wait == Wait::kWarp;
+      if (fiber.wait == Wait::kDone ? waits && is_in(fiber.index, other.mask)
+                                    : other.wait == Wait::kDone && is_in(i, fiber.mask)) {
+        throw EmulationError("a thread has left the kernel and is in the mask of the warp function in line " +
+                             std::to_string(waits ? other.site : fiber.site));
       }
-      const unsigned present = last - first == kWarpSize ? 0xffffffffu : (1u << (last - first)) - 1;
-      if ((leader.mask & ~present) != 0) {
-        throw EmulationError("the warp function in line " + std::to_string(leader.site) + " names threads that the block lacks");
-      }
-      if ((arrived & leader.mask) != leader.mask) continue;
-      for (int j = first; j < last; ++j) {
-        if ((leader.mask >> (j - first) & 1u) != 0) block.fibers[j]->wait = Wait::kNone;
-      }
+      if (waits && other.site == fiber.site && other.mask == fiber.mask) arrived |= 1u << (i - first);
+    }
+    if (fiber.wait == Wait::kDone) return;
+    const unsigned present = count == kWarpSize ? 0xffffffffu : (1u << count) - 1;
+    if ((fiber.mask & ~present) != 0) {
+      throw EmulationError("the warp function in line " + std::to_string(fiber.site) + " names threads that the block lacks");
+    }
+    const unsigned mask = fiber.mask;
+    if ((arrived & mask) != mask) return;
+    for (int i = first; i < first + count; ++i) {
+      if (is_in(i, mask)) block.set_runnable(i);
     }
   }
 
@@ -291,7 +318,7 @@ class Machine {
     return "deadlock";
   }
 
-  ucontext_t main_;
+  Turn main_;
   Fiber* current_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
   dim3 grid_;
@@ -300,8 +327,7 @@ class Machine {
   std::mt19937_64 random_;
   std::exception_ptr error_;
   std::vector<std::unique_ptr<Block>> live_;
-  std::vector<Fiber*> runnable_;
-  std::vector<std::unique_ptr<char[]>> free_stacks_;
+  std::vector<Stack> free_stacks_;
 };
 
 template <typename T>

@@ -18,7 +18,7 @@ namespace py = pybind11;
 class DeviceBuffer {
  public:
   explicit DeviceBuffer(const py::array& array) : DeviceBuffer(static_cast<std::size_t>(array.nbytes())) {
-    std::memcpy(data_, array.data(), size_);
+    if (size_ > 0) std::memcpy(data_, array.data(), size_);
   }
   explicit DeviceBuffer(std::size_t size) : size_(size) {
     if (size > 0 && posix_memalign(&data_, 256, size) != 0) throw std::bad_alloc();
@@ -35,13 +35,21 @@ class DeviceBuffer {
     return static_cast<T*>(data_);
   }
   void copy_to(py::array& array) const {
-    std::memcpy(array.mutable_data(), data_, size_);
+    if (size_ > 0) std::memcpy(array.mutable_data(), data_, size_);
   }
 
  private:
   void* data_ = nullptr;
   std::size_t size_;
 };
+
+// A NumPy array for elements of a storage type; those of halves are bit patterns.
+template <typename S>
+py::array empty_array(py::ssize_t elements) {
+  if constexpr (sizeof(S) == sizeof(double)) return py::array_t<double>(elements);
+  if constexpr (sizeof(S) == sizeof(float)) return py::array_t<float>(elements);
+  return py::array_t<uint16_t>(elements);
+}
 
 inline Order order_of(const std::string& name) {
   if (name == "forward") return Order::kForward;

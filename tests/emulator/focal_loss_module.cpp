@@ -1,4 +1,5 @@
-// The focal loss kernels under the emulator, over NumPy arrays of storage elements (float32, or uint16 bit patterns).
+// The focal loss kernels under the emulator, over NumPy arrays of storage elements (float64, float32, or uint16 bit
+// patterns).
 #include <algorithm>
 
 #include "cuda_emulator.h"
@@ -26,8 +27,8 @@ struct Options {
   double alpha = 0.25;  // negative: no balancing
   double label_smoothing = 0.0;
   long ignore_index = -2;
-  std::optional<py::array_t<float>> class_alpha;
-  std::optional<py::array_t<float>> weight;
+  std::optional<py::array_t<double>> class_alpha;
+  std::optional<py::array_t<double>> weight;
   std::optional<py::array> grad;  // gradient: [1] or [rows, classes]
   bool mean = false;              // gradient of a mean
   std::optional<py::array> filled;  // gradient: what the result holds for an upstream gradient of 1
@@ -36,7 +37,7 @@ struct Options {
 };
 
 template <typename In, FocalTask kTask, Gamma kGamma, bool kByColumn>
-void launch(bool soft, FocalKernelArgs<float>& args, const Options& options) {
+void launch(bool soft, FocalKernelArgs<compute_t<In>>& args, const Options& options) {
   args.rows_per_tile = focal_rows_per_tile<In>(args.classes);
   constexpr int64_t kTileElements = kFocalVectorsPerThread * kFocalThreads * kVectorWidth<In>;
   args.tiles = soft ? (args.rows * args.classes + kTileElements - 1) / kTileElements
@@ -49,29 +50,32 @@ void launch(bool soft, FocalKernelArgs<float>& args, const Options& options) {
   });
 }
 
+// As the product chooses: float64 has no variant for gamma = 2.
 template <typename In, FocalTask kTask>
-void choose(bool soft, FocalKernelArgs<float>& args, const Options& options) {
+void choose(bool soft, FocalKernelArgs<compute_t<In>>& args, const Options& options) {
   if (args.class_alpha != nullptr || args.half_smoothing != 0) {
-    launch<In, kTask, Gamma::kAny, true>(soft, args, options);
-  } else if (args.gamma == 2) {
-    launch<In, kTask, Gamma::kTwo, false>(soft, args, options);
-  } else {
-    launch<In, kTask, Gamma::kAny, false>(soft, args, options);
+    return launch<In, kTask, Gamma::kAny, true>(soft, args, options);
   }
+  if constexpr (sizeof(compute_t<In>) == sizeof(float)) {
+    if (args.gamma == 2) return launch<In, kTask, Gamma::kTwo, false>(soft, args, options);
+  }
+  launch<In, kTask, Gamma::kAny, false>(soft, args, options);
 }
 
-py::array_t<float> finish(const FocalKernelArgs<float>& args, const Options& options) {
-  DeviceBuffer result(sizeof(float));
+template <typename T>
+py::array finish(const FocalKernelArgs<T>& args, const Options& options) {
+  DeviceBuffer result(sizeof(T));
   emulator::Machine::get().run(1, kFocalThreads, options.schedule, [&] {
-    focal_finish_kernel<float>(args.block_sums, args.block_ignored, options.blocks, args.mean, args.rows, args.classes,
-                               result.as<float>());
+    focal_finish_kernel<T>(args.block_sums, args.block_ignored, options.blocks, args.mean, args.rows, args.classes,
+                           result.as<T>());
   });
-  py::array_t<float> output(1);
+  py::array output = emulator::empty_array<T>(1);
   result.copy_to(output);
   return output;
 }
 
-void count_ignored(FocalKernelArgs<float>& args, const Options& options, DeviceBuffer& count) {
+template <typename T>
+void count_ignored(FocalKernelArgs<T>& args, const Options& options, DeviceBuffer& count) {
   *count.as<unsigned long long>() = 0;
   emulator::Machine::get().run(options.blocks, kFocalThreads, options.schedule, [&] {
     if (args.wide_targets) {
@@ -90,25 +94,26 @@ void count_ignored(FocalKernelArgs<float>& args, const Options& options, DeviceB
 template <typename In>
 py::tuple run(const py::array& inputs, const py::array& targets, int classes, bool soft, bool wide_result,
               const Options& options) {
-  FocalKernelArgs<float> args = {};
+  using T = compute_t<In>;
+  FocalKernelArgs<T> args = {};
   DeviceBuffer inputs_buffer(inputs);
   DeviceBuffer targets_buffer(targets);
   args.inputs = inputs_buffer.as<void>();
   args.targets = targets_buffer.as<void>();
-  args.wide_targets = soft ? targets.itemsize() == sizeof(float) && sizeof(In) != sizeof(float)
+  args.wide_targets = soft ? targets.itemsize() == sizeof(T) && sizeof(In) != sizeof(T)
                            : targets.itemsize() == sizeof(int64_t);
   args.rows = static_cast<int64_t>(inputs.size()) / classes;
   args.classes = classes;
-  args.gamma = static_cast<float>(options.gamma);
+  args.gamma = static_cast<T>(options.gamma);
   const bool balanced = options.alpha >= 0 && !options.class_alpha;
-  args.alpha_positive = balanced ? static_cast<float>(options.alpha) : 1.0f;
-  args.alpha_negative = balanced ? static_cast<float>(1 - options.alpha) : 1.0f;
-  args.half_smoothing = static_cast<float>(options.label_smoothing / 2);
+  args.alpha_positive = balanced ? static_cast<T>(options.alpha) : T(1);
+  args.alpha_negative = balanced ? static_cast<T>(1 - options.alpha) : T(1);
+  args.half_smoothing = static_cast<T>(options.label_smoothing / 2);
   args.ignore_index = options.ignore_index;
   std::optional<DeviceBuffer> class_alpha;
   std::optional<DeviceBuffer> weight;
-  if (options.class_alpha) args.class_alpha = class_alpha.emplace(*options.class_alpha).as<float>();
-  if (options.weight) args.weight = weight.emplace(*options.weight).as<float>();
+  if (options.class_alpha) args.class_alpha = class_alpha.emplace(py::array_t<T>(*options.class_alpha)).template as<T>();
+  if (options.weight) args.weight = weight.emplace(py::array_t<T>(*options.weight)).template as<T>();
 
   const bool reduces = options.task.rfind("sum", 0) == 0 || options.task.rfind("mean", 0) == 0;
   const bool both = reduces && options.task.find("gradient") != std::string::npos;
@@ -127,8 +132,7 @@ py::tuple run(const py::array& inputs, const py::array& targets, int classes, bo
   }
 
   args.wide_result = wide_result;
-  py::array output = sizeof(In) == sizeof(float) || wide_result ? py::array(py::array_t<float>(inputs.size()))
-                                                                : py::array(py::array_t<uint16_t>(inputs.size()));
+  py::array output = wide_result ? emulator::empty_array<T>(inputs.size()) : emulator::empty_array<In>(inputs.size());
   DeviceBuffer result(static_cast<std::size_t>(output.nbytes()));
   args.result = result.as<void>();
   if (options.task == "loss") {
@@ -144,7 +148,7 @@ py::tuple run(const py::array& inputs, const py::array& targets, int classes, bo
   }
   DeviceBuffer grad(*options.grad);
   args.grad = grad.as<void>();
-  args.wide_grad = options.grad->itemsize() == sizeof(float) && sizeof(In) != sizeof(float);
+  args.wide_grad = options.grad->itemsize() == sizeof(T) && sizeof(In) != sizeof(T);
   args.scalar_grad = options.grad->size() == 1;
   DeviceBuffer was_one(sizeof(int32_t));
   if (options.filled) {
@@ -162,20 +166,25 @@ py::tuple run(const py::array& inputs, const py::array& targets, int classes, bo
 
 PYBIND11_MODULE(_focal_loss_emulator, m) {
   py::register_exception<emulator::EmulationError>(m, "EmulationError");
+  m.def("is_vector_aligned", [](std::uintptr_t address) { return is_vector_aligned(reinterpret_cast<void*>(address)); });
+  m.def("copy_vector", [](std::uintptr_t from, std::uintptr_t to) {
+    store_vector(reinterpret_cast<float*>(to), load_vector(reinterpret_cast<const float*>(from)));
+  });
   m.def(
       "focal_loss",
       [](const std::string& storage, const py::array& inputs, const py::array& targets, int classes, bool soft,
          const std::string& task, double gamma, double alpha, double label_smoothing, long ignore_index,
-         std::optional<py::array_t<float>> class_alpha, std::optional<py::array_t<float>> weight,
+         std::optional<py::array_t<double>> class_alpha, std::optional<py::array_t<double>> weight,
          std::optional<py::array> grad, bool mean, std::optional<py::array> filled, bool wide_result, int blocks,
          const std::string& order, uint64_t seed, int live_blocks) {
         const Options options{task,        gamma,  alpha, label_smoothing, ignore_index,
                               class_alpha, weight, grad,  mean,            filled,
                               blocks,      {order_of(order), seed, live_blocks}};
+        if (storage == "float64") return run<double>(inputs, targets, classes, soft, wide_result, options);
         if (storage == "float32") return run<float>(inputs, targets, classes, soft, wide_result, options);
         if (storage == "bfloat16") return run<BFloat16>(inputs, targets, classes, soft, wide_result, options);
         if (storage == "float16") return run<Float16>(inputs, targets, classes, soft, wide_result, options);
-        throw std::invalid_argument("storage must be float32, float16 or bfloat16, and is " + storage);
+        throw std::invalid_argument("storage must be float64, float32, float16 or bfloat16, and is " + storage);
       },
       py::arg("storage"), py::arg("inputs"), py::arg("targets"), py::arg("classes"), py::kw_only(),
       py::arg("soft") = false, py::arg("task") = "sum", py::arg("gamma") = 2.0, py::arg("alpha") = 0.25,

@@ -1,5 +1,5 @@
-// The multi-level focal loss kernel under the emulator, over NumPy arrays of storage elements (float32, or uint16 bit
-// patterns), one a level.
+// The multi-level focal loss kernel under the emulator, over NumPy arrays of storage elements (float64, float32, or
+// uint16 bit patterns), one a level.
 #include "cuda_emulator.h"
 // The kernels come after the emulator, which stands in for the CUDA headers.
 #include "focal_loss/multilevel_focal_loss_kernel.cuh"
@@ -26,7 +26,9 @@ struct Level {
   bool planes;
   int anchors;
   int cells;
-  int gap;  // elements between one image and the next
+  int gap;             // elements between one image and the next
+  int logits_start;    // element of the memory where the first image begins
+  int gradient_start;  // likewise
 };
 
 struct Options {
@@ -34,21 +36,21 @@ struct Options {
   double gamma = 2.0;
   double alpha = 0.25;  // negative: no balancing
   double scale = 1.0;
-  std::optional<py::array_t<float>> normalizer;
+  std::optional<py::array_t<double>> normalizer;
   float grad = 1.0f;
   std::optional<std::vector<py::array>> filled;  // gradient: what the results hold for an upstream gradient of 1
   int blocks = 2;
   emulator::Schedule schedule;
 };
 
+// As the product chooses: float64 has no variant for gamma = 2.
 template <typename In, FocalTask kTask>
-void launch(const MultilevelKernelArgs<float>& args, const Options& options) {
+void launch(const MultilevelKernelArgs<compute_t<In>>& args, const Options& options) {
   emulator::Machine::get().run(options.blocks, kFocalThreads, options.schedule, [&] {
-    if (args.gamma == 2) {
-      multilevel_focal_kernel<In, kTask, Gamma::kTwo>(args);
-    } else {
-      multilevel_focal_kernel<In, kTask, Gamma::kAny>(args);
+    if constexpr (sizeof(compute_t<In>) == sizeof(float)) {
+      if (args.gamma == 2) return multilevel_focal_kernel<In, kTask, Gamma::kTwo>(args);
     }
+    multilevel_focal_kernel<In, kTask, Gamma::kAny>(args);
   });
 }
 
@@ -56,22 +58,23 @@ void launch(const MultilevelKernelArgs<float>& args, const Options& options) {
 // the task does not make.
 template <typename In>
 py::tuple run(const std::vector<Level>& levels, const py::array& targets, int classes, const Options& options) {
+  using T = compute_t<In>;
   const int batch = static_cast<int>(targets.shape(0));
-  MultilevelKernelArgs<float> args = {};
+  MultilevelKernelArgs<T> args = {};
   DeviceBuffer targets_buffer(targets);
   args.targets = targets_buffer.as<void>();
   args.wide_targets = targets.itemsize() == sizeof(int64_t);
   args.num_anchors = targets.shape(1);
   args.classes = classes;
   args.rows_per_tile = focal_rows_per_tile<In>(classes);
-  args.scale = static_cast<float>(options.scale);
-  args.gamma = static_cast<float>(options.gamma);
-  args.alpha_positive = options.alpha < 0 ? 1.0f : static_cast<float>(options.alpha);
-  args.alpha_negative = options.alpha < 0 ? 1.0f : static_cast<float>(1 - options.alpha);
+  args.scale = static_cast<T>(options.scale);
+  args.gamma = static_cast<T>(options.gamma);
+  args.alpha_positive = options.alpha < 0 ? T(1) : static_cast<T>(options.alpha);
+  args.alpha_negative = options.alpha < 0 ? T(1) : static_cast<T>(1 - options.alpha);
   args.ignore_index = -2;
   std::optional<DeviceBuffer> normalizer;
   if (options.normalizer) {
-    args.normalizer = normalizer.emplace(*options.normalizer).as<float>();
+    args.normalizer = normalizer.emplace(py::array_t<T>(*options.normalizer)).template as<T>();
     args.normalizer_per_image = options.normalizer->size() != 1;
   }
 
@@ -85,15 +88,16 @@ py::tuple run(const std::vector<Level>& levels, const py::array& targets, int cl
     void* gradient = nullptr;
     if (options.task != "sum") {
       const py::ssize_t elements = static_cast<py::ssize_t>(batch) * level.anchors * level.cells * classes;
-      outputs.push_back(sizeof(In) == sizeof(float) ? py::array(py::array_t<float>(elements))
-                                                    : py::array(py::array_t<uint16_t>(elements)));
-      gradients.push_back(std::make_unique<DeviceBuffer>(static_cast<std::size_t>(outputs.back().nbytes())));
-      gradient = gradients.back()->as<void>();
+      outputs.push_back(emulator::empty_array<In>(elements));
+      const std::size_t skipped = sizeof(In) * static_cast<std::size_t>(level.gradient_start);
+      gradients.push_back(std::make_unique<DeviceBuffer>(static_cast<std::size_t>(outputs.back().nbytes()) + skipped));
+      gradient = gradients.back()->template as<In>() + level.gradient_start;
       if (options.filled) std::memcpy(gradient, (*options.filled)[l].data(), outputs.back().nbytes());
     }
     const int64_t rows = static_cast<int64_t>(level.anchors) * level.cells;
-    const LevelMemory memory{logits.back()->as<void>(), gradient,    rows * classes + level.gap, first_anchor,
-                             level.anchors,             level.cells, level.planes};
+    const In* first_image = logits.back()->template as<In>() + level.logits_start;
+    const LevelMemory memory{first_image,   gradient,    rows * classes + level.gap, first_anchor,
+                             level.anchors, level.cells, level.planes};
     if (!add_level<In>(memory, batch, args)) throw std::invalid_argument("a level is too large");
     first_anchor += rows;
   }
@@ -123,8 +127,21 @@ py::tuple run(const std::vector<Level>& levels, const py::array& targets, int cl
     });
     sum = py::float_(*result.as<float>());
   }
-  for (std::size_t l = 0; l < outputs.size(); ++l) gradients[l]->copy_to(outputs[l]);
+  for (std::size_t l = 0; l < outputs.size(); ++l) {
+    const In* gradient = gradients[l]->template as<In>() + levels[l].gradient_start;
+    std::memcpy(outputs[l].mutable_data(), gradient, static_cast<std::size_t>(outputs[l].nbytes()));
+  }
   return py::make_tuple(sum, outputs, note);
+}
+
+// How a level of `batch` images is taken: its tiles, and whether by vectors; None where it is too large.
+template <typename In>
+py::object describe(const LevelMemory& level, int64_t batch, int classes) {
+  MultilevelKernelArgs<compute_t<In>> args = {};
+  args.classes = classes;
+  args.rows_per_tile = focal_rows_per_tile<In>(classes);
+  if (!add_level<In>(level, batch, args)) return py::none();
+  return py::make_tuple(args.tiles, args.levels[0].aligned);
 }
 
 }  // namespace
@@ -133,23 +150,36 @@ PYBIND11_MODULE(_multilevel_focal_loss_emulator, m) {
   py::register_exception<emulator::EmulationError>(m, "EmulationError");
   m.attr("max_levels") = kMaxLevels;
   m.def(
+      "add_level",
+      [](const std::string& storage, int64_t anchors, int64_t cells, int classes, bool planes, int64_t batch,
+         std::uintptr_t logits, std::uintptr_t gradient, int64_t image_stride) {
+        const LevelMemory level{reinterpret_cast<void*>(logits), reinterpret_cast<void*>(gradient), image_stride, 0,
+                                anchors, cells, planes};
+        return storage == "bfloat16" ? describe<BFloat16>(level, batch, classes)
+                                     : describe<float>(level, batch, classes);
+      },
+      "(tiles, aligned), or None; storage: float32 or bfloat16", py::arg("storage"), py::kw_only(),
+      py::arg("anchors") = 1, py::arg("cells") = 1, py::arg("classes") = 1, py::arg("planes") = true,
+      py::arg("batch") = 1, py::arg("logits") = 0, py::arg("gradient") = 0, py::arg("image_stride") = 0);
+  m.def(
       "multilevel_focal_loss",
-      [](const std::string& storage, const std::vector<std::tuple<py::array, bool, int, int, int>>& levels,
+      [](const std::string& storage, const std::vector<std::tuple<py::array, bool, int, int, int, int, int>>& levels,
          const py::array& targets, int classes, const std::string& task, double gamma, double alpha, double scale,
-         std::optional<py::array_t<float>> normalizer, float grad, std::optional<std::vector<py::array>> filled,
+         std::optional<py::array_t<double>> normalizer, float grad, std::optional<std::vector<py::array>> filled,
          int blocks, const std::string& order, uint64_t seed, int live_blocks) {
         std::vector<Level> described;
-        for (const auto& [logits, planes, anchors, cells, gap] : levels) {
-          described.push_back({logits, planes, anchors, cells, gap});
+        for (const auto& [logits, planes, anchors, cells, gap, logits_start, gradient_start] : levels) {
+          described.push_back({logits, planes, anchors, cells, gap, logits_start, gradient_start});
         }
         const Options options{task, gamma,  alpha,  scale, normalizer,
                               grad, filled, blocks, {order_of(order), seed, live_blocks}};
+        if (storage == "float64") return run<double>(described, targets, classes, options);
         if (storage == "float32") return run<float>(described, targets, classes, options);
         if (storage == "bfloat16") return run<BFloat16>(described, targets, classes, options);
         if (storage == "float16") return run<Float16>(described, targets, classes, options);
-        throw std::invalid_argument("storage must be float32, float16 or bfloat16, and is " + storage);
+        throw std::invalid_argument("storage must be float64, float32, float16 or bfloat16, and is " + storage);
       },
-      "levels: (logits, planes, anchors, cells, gap) each", py::arg("storage"), py::arg("levels"), py::arg("targets"),
+      "levels: (logits, planes, anchors, cells, gap, logits_start, gradient_start) each", py::arg("storage"), py::arg("levels"), py::arg("targets"),
       py::arg("classes"), py::kw_only(), py::arg("task") = "sum", py::arg("gamma") = 2.0, py::arg("alpha") = 0.25,
       py::arg("scale") = 1.0, py::arg("normalizer") = py::none(), py::arg("grad") = 1.0f,
       py::arg("filled") = py::none(), py::arg("blocks") = 2, py::arg("order") = "forward", py::arg("seed") = 0,

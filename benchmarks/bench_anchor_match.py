@@ -1,0 +1,83 @@
+"""Matching the anchors of a feature pyramid with the boxes of a batch: labels, matched rows and numbers of foreground
+anchors, beside torchvision's Matcher(box_iou(...)), an image at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import retinanet_ext
+from retinanet_ext.models.anchors import AnchorGenerator
+
+# Image, batch, boxes an image. 800x1344 has 201,600 anchors.
+CASES = {
+    "800x1344 B=1 M=8": ((800, 1344), 1, 8),
+    "800x1344 B=1 M=50": ((800, 1344), 1, 50),
+    "800x1344 B=1 M=300": ((800, 1344), 1, 300),
+    "800x1344 B=16 M=8": ((800, 1344), 16, 8),
+    "800x1344 B=64 M=500": ((800, 1344), 64, 500),
+    "240x320 B=16 M=12": ((240, 320), 16, 12),
+}
+SMOKE = ((64, 96), 2, 5)
+
+
+def make_case(case, device):
+    """Anchors, and boxes of log-uniform size from 12 to 300 pixels at random places."""
+    (height, width), batch, count = case
+    grids = [(-(-height // stride), -(-width // stride)) for stride in (8, 16, 32, 64, 128)]
+    anchors = AnchorGenerator()((height, width), grids).to(device)
+    generator = torch.Generator().manual_seed(0)
+    boxes = []
+    for _ in range(batch):
+        size = (torch.rand(count, 2, generator=generator) * 3.2 + 2.5).exp().clamp(max=min(height, width) / 2)
+        corner = torch.rand(count, 2, generator=generator) * (torch.tensor([width, height]) - size)
+        boxes.append(torch.cat((corner, corner + size), dim=1).to(device))
+    labels = [torch.arange(count, device=device) % 80 for _ in range(batch)]
+    return anchors, boxes, labels
+
+
+def torchvision_targets(anchors, boxes, labels):
+    """As torchvision's RetinaNet: the matrix of an image's IoU, its matcher, and the classes of what matched."""
+    from torchvision.models.detection._utils import Matcher
+    from torchvision.ops import box_iou
+
+    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
+    all_labels, all_matched, counts = [], [], []
+    for image_boxes, image_labels in zip(boxes, labels, strict=True):
+        matched = matcher(box_iou(image_boxes, anchors))
+        foreground = matched >= 0
+        all_matched.append(matched)
+        all_labels.append(torch.where(foreground, image_labels[matched.clamp(min=0)], matched))
+        counts.append(foreground.sum())
+    return torch.stack(all_labels), torch.stack(all_matched), torch.stack(counts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_assign_targets(compare, device, timed, case):
+    if timed and device.type == "cpu" and CASES[case][1] > 16:
+        pytest.skip("64 images of 500 boxes take the CPU peer minutes a call; one image says as much")
+    anchors, boxes, labels = make_case(CASES[case] if timed else SMOKE, device)
+
+    def ours():
+        return retinanet_ext.assign_targets(anchors, boxes, labels, policy="torchvision")
+
+    peers = {"torchvision": "torchvision is not installed"}
+    if importlib.util.find_spec("torchvision") is not None:
+        peers["torchvision"] = lambda: torchvision_targets(anchors, boxes, labels)
+
+    def agree(mine, other):
+        for one, two in zip(mine, other, strict=True):
+            assert torch.equal(one.long(), two.long())
+
+    batch, pairs = len(boxes), len(anchors) * sum(len(image) for image in boxes)
+    compare(
+        f"assign_targets {case if timed else 'smoke'}",
+        ours,
+        peers,
+        agree,
+        elements=pairs,
+        bytes=anchors.numel() * 4 + 2 * 4 * batch * len(anchors),
+        dtype="float32",
+    )

@@ -1,0 +1,71 @@
+// What the lanes of a warp do together. All 32 must take part.
+#pragma once
+
+#include <cstdint>
+
+#include "common/fast_math.h"
+
+namespace retinanet_ext {
+
+constexpr int kWarpLanes = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// The lowest bit that is set; bits must not be 0.
+__device__ __forceinline__ int first_bit(unsigned bits) {
+#if defined(__CUDA_ARCH__)
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
+// The highest one.
+__device__ __forceinline__ int last_bit(unsigned bits) {
+#if defined(__CUDA_ARCH__)
+  return kWarpLanes - 1 - __clz(static_cast<int>(bits));
+#else
+  return kWarpLanes - 1 - __builtin_clz(bits);
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_max_by_shuffles(T value) {
+  for (int step = kWarpLanes / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(kWholeWarp, value, step);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(kWholeWarp, value);
+#else
+  return warp_max_by_shuffles(value);
+#endif
+}
+
+__device__ __forceinline__ unsigned long long warp_max(unsigned long long value) {
+  return warp_max_by_shuffles(value);
+}
+
+__device__ __forceinline__ int warp_sum(int value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kWholeWarp, value);
+#else
+  for (int step = kWarpLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kWholeWarp, value, step);
+  return value;
+#endif
+}
+
+// What other threads may be changing by atomics: some value that it has or had, not one kept from an earlier look.
+template <typename T>
+__device__ __forceinline__ T load_shared_with_others(const T* source) {
+#if defined(__CUDA_ARCH__)
+  return __ldcg(source);
+#else
+  return *source;
+#endif
+}
+
+}  // namespace retinanet_ext

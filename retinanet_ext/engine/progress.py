@@ -1,0 +1,69 @@
+"""How far a command is, on standard error: a bar on a terminal, elsewhere a line now and then."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from retinanet_ext.data.extras import require
+
+# Seconds from one line to the next where there is no terminal.
+INTERVAL = 30.0
+
+Item = TypeVar("Item")
+
+
+class Progress:
+    """Counts units of work, `done` of `total` to begin with. `unit`: what one is called."""
+
+    def __init__(self, total: int, unit: str, done: int = 0):
+        self.tqdm = require("tqdm").tqdm
+        self.bar = self.tqdm(total=total, initial=done, unit=unit, disable=None)
+        self.total, self.unit, self.first, self.done = total, unit, done, done
+        self.description = ""
+        self.start = self.said = time.monotonic()
+
+    def describe(self, text: str) -> None:
+        """What stands ahead of the figures from now on."""
+        self.description = text
+        self.bar.set_description(text)
+
+    def advance(self, **figures: str) -> None:
+        """One unit more, and the figures it left."""
+        self.done += 1
+        if not self.bar.disable:
+            self.bar.set_postfix(figures, refresh=False)
+            self.bar.update()
+        elif time.monotonic() - self.said >= INTERVAL:
+            self.said = time.monotonic()
+            print(self._line(figures), file=sys.stderr, flush=True)
+
+    def write(self, text: str) -> None:
+        """A line on standard output, above the bar."""
+        self.tqdm.write(text)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def _line(self, figures: dict[str, str]) -> str:
+        return self.tqdm.format_meter(
+            self.done,
+            self.total,
+            self.said - self.start,
+            initial=self.first,
+            ncols=0,  # the figures without a bar
+            prefix=self.description,
+            unit=self.unit,
+            postfix=", ".join(f"{name}={value}" for name, value in figures.items()),
+        )
+
+
+def track(items: Iterable[Item], unit: str) -> Iterator[Item]:
+    """`items`, which have a length, one by one with their progress."""
+    with Progress(len(items), unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()

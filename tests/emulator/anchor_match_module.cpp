@@ -1,0 +1,137 @@
+// The anchor matching kernels under the emulator, over NumPy arrays.
+#include "cuda_emulator.h"
+// The kernels come after the emulator, which stands in for the CUDA headers.
+#include "anchor_match/anchor_match_kernel.cuh"
+
+#include "device_buffer.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace py = pybind11;
+using namespace retinanet_ext;
+using emulator::DeviceBuffer;
+using emulator::order_of;
+
+namespace {
+
+using Arrays = std::vector<py::array>;
+
+struct Options {
+  double fg_iou_thresh;
+  double bg_iou_thresh;
+  double min_pos_iou;
+  bool low_quality;
+  int policy;
+  int shift;  // int32s between the beginning of an allocation and that of the results
+  emulator::Schedule schedule;
+};
+
+// Keeps a copy of an array on the emulated device.
+class Device {
+ public:
+  template <typename T>
+  T* add(const py::array& array) {
+    buffers_.push_back(std::make_unique<DeviceBuffer>(array));
+    return buffers_.back()->as<T>();
+  }
+
+ private:
+  std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
+};
+
+py::array_t<int32_t> fetch(DeviceBuffer& buffer, int shift, std::vector<py::ssize_t> shape) {
+  py::array_t<int32_t> result(std::move(shape));
+  if (result.size() > 0) {
+    std::memcpy(result.mutable_data(), buffer.as<int32_t>() + shift, static_cast<size_t>(result.nbytes()));
+  }
+  return result;
+}
+
+// Labels, matched rows and numbers of foreground anchors. `labels` empty: matched rows alone.
+template <typename T>
+py::tuple run(const py::array& anchors, const Arrays& boxes, const Arrays& labels, const Arrays& ignore,
+              const std::optional<py::array_t<int32_t>>& offsets, const Options& options) {
+  const bool per_image = anchors.ndim() == 3;
+  const int64_t num_anchors = anchors.shape(anchors.ndim() - 2);
+  const int64_t batch = offsets ? offsets->size() - 1 : static_cast<int64_t>(boxes.size());
+  Device device;
+  MatchKernelArgs<T> args = {};
+  args.anchors = device.add<Box<T>>(anchors);
+  args.num_anchors = num_anchors;
+  args.tiles = static_cast<int>((num_anchors + kMatchTile - 1) / kMatchTile);
+  args.per_image = per_image;
+  args.fg_iou_thresh = static_cast<T>(options.fg_iou_thresh);
+  args.bg_iou_thresh = static_cast<T>(options.bg_iou_thresh);
+  args.min_pos_iou = static_cast<T>(options.min_pos_iou);
+  args.low_quality = options.low_quality;
+  args.policy = static_cast<MatchPolicy>(options.policy);
+  if (offsets) args.offsets = device.add<int32_t>(*offsets);
+  int32_t rows = 0;
+  for (std::size_t i = 0; i < boxes.size(); ++i) {
+    args.images[i] = {device.add<T>(boxes[i]), labels.empty() ? nullptr : device.add<void>(labels[i]),
+                      ignore.empty() ? nullptr : device.add<bool>(ignore[i]), rows,
+                      static_cast<int32_t>(boxes[i].shape(0))};
+    rows += args.images[i].count;
+  }
+  args.wide_labels = !labels.empty() && labels[0].itemsize() == sizeof(int64_t);
+  args.num_images = static_cast<int>(batch);
+
+  const int64_t sets = per_image ? batch : 1;
+  const std::size_t results = sizeof(int32_t) * static_cast<std::size_t>(options.shift + batch * num_anchors);
+  DeviceBuffer bounds(sizeof(TileBounds<T>) * static_cast<std::size_t>(sets * args.tiles));
+  DeviceBuffer best(sizeof(iou_bits_t<T>) * static_cast<std::size_t>(rows));
+  DeviceBuffer matched(results);
+  DeviceBuffer labels_out(results);
+  DeviceBuffer foreground(sizeof(int32_t) * static_cast<std::size_t>(batch));
+  args.bounds = bounds.as<TileBounds<T>>();
+  args.best = best.as<iou_bits_t<T>>();
+  args.matched = matched.as<int32_t>() + options.shift;
+  if (!labels.empty()) {
+    args.labels = labels_out.as<int32_t>() + options.shift;
+    args.foreground = foreground.as<int32_t>();
+  }
+
+  emulator::Machine& machine = emulator::Machine::get();
+  machine.run(2, kMatchThreads, options.schedule, [&] { anchor_tiles_kernel<T>(args, sets, rows, batch); });
+  const int blocks = (args.tiles + kMatchWarps - 1) / kMatchWarps * args.num_images;
+  machine.run(blocks, kMatchThreads, options.schedule, [&] { anchor_match_kernel<T>(args); });
+  if (options.low_quality) {
+    machine.run(blocks, kMatchThreads, options.schedule, [&] { anchor_restore_kernel<T>(args); });
+  }
+  py::object labels_result = py::none();
+  py::object foreground_result = py::none();
+  if (!labels.empty()) {
+    labels_result = fetch(labels_out, options.shift, {batch, num_anchors});
+    foreground_result = fetch(foreground, 0, {batch});
+  }
+  return py::make_tuple(labels_result, fetch(matched, options.shift, {batch, num_anchors}), foreground_result);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_anchor_match_emulator, m) {
+  py::register_exception<emulator::EmulationError>(m, "EmulationError");
+  m.attr("tile") = kMatchTile;
+  m.attr("warps") = kMatchWarps;
+  m.def(
+      "match",
+      [](const py::array& anchors, const Arrays& boxes, const Arrays& labels, const Arrays& ignore,
+         const std::optional<py::array_t<int32_t>>& offsets, double fg_iou_thresh, double bg_iou_thresh,
+         bool low_quality, int policy, double min_pos_iou, int shift, const std::string& order, uint64_t seed,
+         int live_blocks) {
+        const Options options{fg_iou_thresh, bg_iou_thresh, min_pos_iou,
+                              low_quality,   policy,        shift,
+                              {order_of(order), seed, live_blocks}};
+        return anchors.itemsize() == sizeof(float) ? run<float>(anchors, boxes, labels, ignore, offsets, options)
+                                                   : run<double>(anchors, boxes, labels, ignore, offsets, options);
+      },
+      py::arg("anchors"), py::arg("boxes"), py::kw_only(), py::arg("labels") = Arrays(), py::arg("ignore") = Arrays(),
+      py::arg("offsets") = py::none(), py::arg("fg_iou_thresh") = 0.5, py::arg("bg_iou_thresh") = 0.4,
+      py::arg("low_quality") = true, py::arg("policy") = 0, py::arg("min_pos_iou") = 0.0, py::arg("shift") = 0,
+      py::arg("order") = "forward", py::arg("seed") = 0, py::arg("live_blocks") = 1);
+}

@@ -1,0 +1,23 @@
+"""What the README shows does what it says, pasted as it stands."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## )", README.read_text(encoding="utf-8"), re.M | re.S)[1]
+
+
+def test_the_drop_in_snippet_runs_as_it_stands():
+    (snippet,) = re.findall(r"```python\n(.*?)```", section("Drop in"), re.S)
+    before, after = snippet.rsplit("loss = ", 1)
+    names = {}
+    exec(before, names)
+    by_one_hot = names["loss"].item()
+    exec("loss = " + after, names)
+    torch.testing.assert_close(names["loss"].item(), by_one_hot, rtol=1e-5, atol=0.0)
+    assert names["logits"].grad.abs().sum() > 0
