@@ -19,6 +19,30 @@ __device__ __forceinline__ int first_bit(unsigned bits) {
 #endif
 }
 
+__device__ __forceinline__ int first_bit(unsigned long long bits) {
+#if defined(__CUDA_ARCH__)
+  return __ffsll(static_cast<long long>(bits)) - 1;
+#else
+  return __builtin_ctzll(bits);
+#endif
+}
+
+__device__ __forceinline__ int count_bits(unsigned bits) {
+#if defined(__CUDA_ARCH__)
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
+
+__device__ __forceinline__ int count_bits(unsigned long long bits) {
+#if defined(__CUDA_ARCH__)
+  return __popcll(bits);
+#else
+  return __builtin_popcountll(bits);
+#endif
+}
+
 // The highest one.
 __device__ __forceinline__ int last_bit(unsigned bits) {
 #if defined(__CUDA_ARCH__)
@@ -56,6 +80,17 @@ __device__ __forceinline__ int warp_sum(int value) {
   for (int step = kWarpLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kWholeWarp, value, step);
   return value;
 #endif
+}
+
+// The sum of the values of the lanes below this one.
+__device__ __forceinline__ uint32_t warp_sum_before(uint32_t value) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  uint32_t sum = value;
+  for (int step = 1; step < kWarpLanes; step *= 2) {
+    const uint32_t other = __shfl_sync(kWholeWarp, sum, lane - step);
+    if (lane >= step) sum += other;
+  }
+  return sum - value;
 }
 
 // What other threads may be changing by atomics: some value that it has or had, not one kept from an earlier look.

@@ -23,6 +23,47 @@ RNX_HD uint64_t descending_key(double score) {
   return (bits & 0x8000000000000000u) != 0 ? bits : ~(bits | 0x8000000000000000u);
 }
 
+// The number with a descending key; of the key 0, which all NaN have, a NaN.
+RNX_HD float from_descending_key(uint32_t key) {
+  return bit_cast<float>((key & 0x80000000u) != 0 ? key : ~key ^ 0x80000000u);
+}
+
+RNX_HD double from_descending_key(uint64_t key) {
+  return bit_cast<double>((key & 0x8000000000000000u) != 0 ? key : ~key ^ 0x8000000000000000u);
+}
+
+// A candidate's place among others: the better score first, then the lower index. A number, unique as the index is.
+template <typename T>
+struct RankKey;
+template <>
+struct RankKey<float> {
+  using type = uint64_t;
+  static constexpr int kBits = 64;
+};
+template <>
+struct RankKey<double> {
+  using type = unsigned __int128;
+  static constexpr int kBits = 96;
+};
+template <typename T>
+using rank_key_t = typename RankKey<T>::type;
+
+template <typename T>
+RNX_HD rank_key_t<T> rank_key(T score, uint32_t index) {
+  return static_cast<rank_key_t<T>>(descending_key(score)) << 32 | index;
+}
+
+template <typename Key>
+RNX_HD uint32_t index_of(Key key) {
+  return static_cast<uint32_t>(key);
+}
+
+template <typename T>
+RNX_HD T score_of_key(rank_key_t<T> key) {
+  using ScoreKey = decltype(descending_key(T()));
+  return from_descending_key(static_cast<ScoreKey>(key >> 32));
+}
+
 // The largest T that is not above `threshold`: a T is above it exactly where it is above the threshold.
 template <typename T>
 T threshold_below(double threshold) {
@@ -58,6 +99,13 @@ template <typename T>
 RNX_HD bool may_exceed(const Overlap<T>& overlap, T threshold) {
   constexpr T kSlack = T(1) - 8 * std::numeric_limits<T>::epsilon();
   return overlap.intersection + std::numeric_limits<T>::min() >= threshold * kSlack * overlap.union_area;
+}
+
+// Whether one box suppresses the other, without the division where intersection and union decide.
+template <typename T>
+RNX_HD bool suppresses(const Box<T>& a, T area_a, const Box<T>& b, T area_b, T threshold) {
+  const Overlap<T> overlap = overlap_of(a, area_a, b, area_b);
+  return (may_exceed(overlap, threshold) || !(threshold >= T(0))) && exceeds(overlap, threshold);
 }
 
 }  // namespace retinanet_ext

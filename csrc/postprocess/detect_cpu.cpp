@@ -225,23 +225,15 @@ Box<T> decode_anchor(const DetectArgs& args, int64_t image, int64_t anchor) {
                        {T(1), T(1), T(1), T(1)}, static_cast<T>(kDeltaClip));
 }
 
-// NaN stays NaN, as in torch.clamp.
 template <typename T>
-T clip_coordinate(T value, T limit) {
-  const T above = value < T(0) ? T(0) : value;
-  return above > limit || limit != limit ? limit : above;
-}
-
-template <typename T>
-Box<T> clip_box(const DetectArgs& args, int64_t image, const Box<T>& box) {
+Box<T> clip_to_image(const DetectArgs& args, int64_t image, const Box<T>& box) {
   T size[2];
   for (int i = 0; i < 2; ++i) {
     size[i] = args.image_sizes.has_value()
                   ? static_cast<const T*>(args.image_sizes->const_data_ptr())[2 * image + i]
                   : static_cast<T>(args.size_list[2 * image + i]);
   }
-  return {clip_coordinate(box.x1, size[1]), clip_coordinate(box.y1, size[0]), clip_coordinate(box.x2, size[1]),
-          clip_coordinate(box.y2, size[0])};
+  return clip_box(box, size[0], size[1]);
 }
 
 // Where one image's results go.
@@ -274,7 +266,7 @@ void finish_image(const DetectArgs& args, int64_t image, Found<L>& found, const 
   std::vector<int64_t> labels(candidates.size());
   for (size_t i = 0; i < candidates.size(); ++i) {
     boxes[i] = decode_anchor<T>(args, image, candidates[i].index / args.num_classes);
-    if (args.clip_before_nms) boxes[i] = clip_box(args, image, boxes[i]);
+    if (args.clip_before_nms) boxes[i] = clip_to_image(args, image, boxes[i]);
     labels[i] = candidates[i].index % args.num_classes;
   }
   std::vector<int32_t> kept;
@@ -283,7 +275,7 @@ void finish_image(const DetectArgs& args, int64_t image, Found<L>& found, const 
                   0, static_cast<int64_t>(candidates.size()));
   for (size_t i = 0; i < kept.size(); ++i) {
     const Candidate<L>& candidate = candidates[kept[i]];
-    const Box<T> box = args.clip_before_nms ? boxes[kept[i]] : clip_box(args, image, boxes[kept[i]]);
+    const Box<T> box = args.clip_before_nms ? boxes[kept[i]] : clip_to_image(args, image, boxes[kept[i]]);
     const T coordinates[4] = {box.x1, box.y1, box.x2, box.y2};
     std::copy(coordinates, coordinates + 4, out.boxes + 4 * i);
     out.scores[i] = score_of(candidate.logit);

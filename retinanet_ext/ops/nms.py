@@ -11,10 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import (
-    _load,  # noqa: F401 - registers the operators
-    reference,
-)
+from .. import _load  # noqa: F401 - registers the operators
 from ..reference.nms import PaddedNMS
 from .box_checks import INTEGERS, check_device, check_floating, check_no_vmap
 
@@ -51,8 +48,6 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         ValueError: mixed devices.
     """
     _check_boxes_scores("nms", boxes, scores)
-    if boxes.device.type != "cpu":
-        return reference.nms(boxes, scores, iou_threshold)
     return _keep(boxes, scores, None, iou_threshold)
 
 
@@ -85,8 +80,6 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
             f"got {len(boxes)} and {list(idxs.shape)}"
         )
     check_device("batched_nms", "idxs", idxs, boxes.device)
-    if boxes.device.type != "cpu":
-        return reference.batched_nms(boxes, scores, idxs, iou_threshold)
     return _keep(boxes, scores, _label_numbers(idxs), iou_threshold)
 
 
@@ -162,8 +155,6 @@ def batched_nms_padded(
         if num_valid.shape != boxes.shape[:1]:
             raise ValueError(f"{op}: num_valid: expected shape [{len(boxes)}], got {list(num_valid.shape)}")
         check_device(op, "num_valid", num_valid, boxes.device)
-    if boxes.device.type != "cpu":
-        return reference.batched_nms_padded(boxes, scores, labels, iou_threshold, max_detections, num_valid)
     boxes, scores = _computable(boxes), _computable(scores)
     num_valid = None if num_valid is None else num_valid.clamp(max=boxes.shape[1]).int()
     return PaddedNMS(*_padded(boxes, scores, labels.long(), num_valid, float(iou_threshold), int(max_detections)))

@@ -97,7 +97,7 @@ def detect(
     for name, limit in (("topk_per_level", topk_per_level), ("max_detections", max_detections)):
         if limit < 0:
             raise ValueError(f"{op}: {name}: expected at least 0, got {limit}")
-    if device.type == "cpu" and num_classes > 0:
+    if num_classes > 0:
         return Detections(
             *_detect(
                 [level.detach() for level in logit_levels],

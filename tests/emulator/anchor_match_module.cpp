@@ -14,7 +14,8 @@
 
 namespace py = pybind11;
 using namespace retinanet_ext;
-using emulator::DeviceBuffer;
+using emulator::Device;
+using emulator::fetch;
 using emulator::order_of;
 
 namespace {
@@ -30,27 +31,6 @@ struct Options {
   int shift;  // int32s between the beginning of an allocation and that of the results
   emulator::Schedule schedule;
 };
-
-// Keeps a copy of an array on the emulated device.
-class Device {
- public:
-  template <typename T>
-  T* add(const py::array& array) {
-    buffers_.push_back(std::make_unique<DeviceBuffer>(array));
-    return buffers_.back()->as<T>();
-  }
-
- private:
-  std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
-};
-
-py::array_t<int32_t> fetch(DeviceBuffer& buffer, int shift, std::vector<py::ssize_t> shape) {
-  py::array_t<int32_t> result(std::move(shape));
-  if (result.size() > 0) {
-    std::memcpy(result.mutable_data(), buffer.as<int32_t>() + shift, static_cast<size_t>(result.nbytes()));
-  }
-  return result;
-}
 
 // Labels, matched rows and numbers of foreground anchors. `labels` empty: matched rows alone.
 template <typename T>
@@ -82,18 +62,12 @@ py::tuple run(const py::array& anchors, const Arrays& boxes, const Arrays& label
   args.num_images = static_cast<int>(batch);
 
   const int64_t sets = per_image ? batch : 1;
-  const std::size_t results = sizeof(int32_t) * static_cast<std::size_t>(options.shift + batch * num_anchors);
-  DeviceBuffer bounds(sizeof(TileBounds<T>) * static_cast<std::size_t>(sets * args.tiles));
-  DeviceBuffer best(sizeof(iou_bits_t<T>) * static_cast<std::size_t>(rows));
-  DeviceBuffer matched(results);
-  DeviceBuffer labels_out(results);
-  DeviceBuffer foreground(sizeof(int32_t) * static_cast<std::size_t>(batch));
-  args.bounds = bounds.as<TileBounds<T>>();
-  args.best = best.as<iou_bits_t<T>>();
-  args.matched = matched.as<int32_t>() + options.shift;
+  args.bounds = device.room<TileBounds<T>>(sets * args.tiles);
+  args.best = device.room<iou_bits_t<T>>(rows);
+  args.matched = device.room<int32_t>(options.shift + batch * num_anchors) + options.shift;
   if (!labels.empty()) {
-    args.labels = labels_out.as<int32_t>() + options.shift;
-    args.foreground = foreground.as<int32_t>();
+    args.labels = device.room<int32_t>(options.shift + batch * num_anchors) + options.shift;
+    args.foreground = device.room<int32_t>(batch);
   }
 
   emulator::Machine& machine = emulator::Machine::get();
@@ -106,10 +80,10 @@ py::tuple run(const py::array& anchors, const Arrays& boxes, const Arrays& label
   py::object labels_result = py::none();
   py::object foreground_result = py::none();
   if (!labels.empty()) {
-    labels_result = fetch(labels_out, options.shift, {batch, num_anchors});
-    foreground_result = fetch(foreground, 0, {batch});
+    labels_result = fetch(args.labels, {batch, num_anchors});
+    foreground_result = fetch(args.foreground, {batch});
   }
-  return py::make_tuple(labels_result, fetch(matched, options.shift, {batch, num_anchors}), foreground_result);
+  return py::make_tuple(labels_result, fetch(args.matched, {batch, num_anchors}), foreground_result);
 }
 
 }  // namespace

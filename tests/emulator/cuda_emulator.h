@@ -414,3 +414,7 @@ template <typename T, typename U>
 T atomicMax(T* address, U value) {
   return emulator::atomic(address, value, [](T a, T b) { return a > b ? a : b; });
 }
+template <typename T, typename U>
+T atomicOr(T* address, U value) {
+  return emulator::atomic(address, value, [](T a, T b) { return static_cast<T>(a | b); });
+}
