@@ -54,8 +54,9 @@ def torchvision_targets(anchors, boxes, labels):
     return torch.stack(all_labels), torch.stack(all_matched), torch.stack(counts)
 
 
+@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("case", CASES)
-def test_assign_targets(compare, device, timed, case):
+def test_assign_targets(compare, captured, device, timed, case, in_graph):
     if timed and device.type == "cpu" and CASES[case][1] > 16:
         pytest.skip("64 images of 500 boxes take the CPU peer minutes a call; one image says as much")
     anchors, boxes, labels = make_case(CASES[case] if timed else SMOKE, device)
@@ -73,8 +74,8 @@ def test_assign_targets(compare, device, timed, case):
 
     batch, pairs = len(boxes), len(anchors) * sum(len(image) for image in boxes)
     compare(
-        f"assign_targets {case if timed else 'smoke'}",
-        ours,
+        f"assign_targets {case if timed else 'smoke'}{' in a graph' if in_graph else ''}",
+        captured(ours) if in_graph else ours,
         peers,
         agree,
         elements=pairs,
