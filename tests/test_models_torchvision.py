@@ -221,15 +221,41 @@ def test_detections(norm):
         ours.eval()
         spread_logits(theirs)
         ours.load_state_dict(theirs.state_dict())
-        with torch.no_grad():
-            expected, found = theirs(IMAGES), ours(IMAGES)
-        assert len(found) == 3
-        for a, b in zip(found, expected, strict=True):
-            assert len(b["boxes"]) > 10
-            # The exponentials of the two box coders are each within an ulp of the truth; sides are at most 200 pixels.
-            torch.testing.assert_close(a["boxes"], b["boxes"], rtol=0, atol=4 * 200 * 2**-23)
-            assert torch.equal(a["labels"], b["labels"])
-            torch.testing.assert_close(a["scores"], b["scores"], rtol=2**-22, atol=0)
+        assert_same_detections(ours, theirs, more_than=10)
+
+
+def test_detections_of_a_trained_model():
+    """Trained until it finds something: logits and deltas as training leaves them, not as they are drawn."""
+    theirs, ours = both(18, **SMALL)
+    optimizer = torch.optim.AdamW(ours.parameters(), 1e-3)
+    ours.train()
+    for _ in range(20):
+        optimizer.zero_grad()
+        sum(ours(IMAGES, TARGETS).values()).backward()
+        torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+        optimizer.step()
+    theirs.load_state_dict(ours.state_dict())
+    # Evaluation with the statistics of these batches, which 20 steps have not yet gathered.
+    for model in (ours.eval(), theirs.eval()):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train()
+    found = assert_same_detections(ours, theirs, more_than=-1)  # the second image has no boxes
+    for image in (0, 2):
+        assert found[image]["scores"].max() > 0.3
+
+
+def assert_same_detections(ours, theirs, more_than):
+    with torch.no_grad():
+        expected, found = theirs(IMAGES), ours(IMAGES)
+    assert len(found) == 3
+    for a, b in zip(found, expected, strict=True):
+        assert len(b["boxes"]) > more_than
+        # The exponentials of the two box coders are each within an ulp of the truth; sides are at most 200 pixels.
+        torch.testing.assert_close(a["boxes"], b["boxes"], rtol=0, atol=4 * 200 * 2**-23)
+        assert torch.equal(a["labels"], b["labels"])
+        torch.testing.assert_close(a["scores"], b["scores"], rtol=2**-22, atol=0)
+    return found
 
 
 def test_batch_norm_statistics_are_the_same_bits():

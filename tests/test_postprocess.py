@@ -145,6 +145,41 @@ def test_torchvision_postprocess_detections(topk, max_detections):
             torch.testing.assert_close(found.scores[image, :count], expected[image]["scores"], rtol=2**-22, atol=0)
 
 
+def detectron2_inference(logits, deltas, anchors, sizes, num_classes, score_thresh, topk, nms_thresh, most):
+    """What detectron2's RetinaNet does with an image's head outputs, and its postprocessing with the result: boxes are
+    suppressed as decoded, the best 100 stay, and these are clipped."""
+    results = []
+    for image, (height, width) in enumerate(sizes):
+        chosen, first = [], 0
+        for level, level_deltas in zip(logits, deltas, strict=True):
+            scores = as_rows(level, num_classes)[image].flatten().sigmoid()
+            passing = (scores > score_thresh).nonzero().squeeze(1)
+            order = scores[passing].sort(descending=True, stable=True).indices[:topk]
+            rows = passing[order] // num_classes
+            boxes = decode_boxes(as_rows(level_deltas, 4)[image][rows], anchors[first:][rows])
+            chosen.append((boxes, scores[passing[order]], passing[order] % num_classes))
+            first += as_rows(level_deltas, 4).shape[1]
+        boxes, scores, labels = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        keep = batched_nms(boxes, scores, labels, nms_thresh)[:most]
+        limit = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+        results.append((boxes[keep].clamp(min=0).minimum(limit), scores[keep], labels[keep]))
+    return results
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_detectron2_inference(seed):
+    logits, deltas, anchors = make_case(6, seed, spread=3.0)
+    expected = detectron2_inference(logits, deltas, anchors, SIZES, 6, 0.05, 60, 0.5, 100)
+    options = {"topk_per_level": 60, "max_detections": 100, "clip_before_nms": False}
+    found = detect(logits, deltas, anchors, SIZES, **options)
+    for image, (boxes, scores, labels) in enumerate(expected):
+        count = found.counts[image]
+        assert count == len(labels) > 50
+        assert torch.equal(found.labels[image, :count], labels)
+        assert_same_boxes(found.boxes[image, :count], boxes)
+        torch.testing.assert_close(found.scores[image, :count], scores, rtol=2**-22, atol=0)
+
+
 def test_layouts_agree_to_the_bit():
     logits, deltas, anchors = make_case()
     expected = detect(logits, deltas, anchors, SIZES)
