@@ -9,6 +9,7 @@ from .retinanet import (
     retinanet_resnet18_fpn,
     retinanet_resnet34_fpn,
     retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
     retinanet_resnet101_fpn,
 )
 from .transform import ImageTransform
@@ -25,5 +26,6 @@ __all__ = [
     "retinanet_resnet18_fpn",
     "retinanet_resnet34_fpn",
     "retinanet_resnet50_fpn",
+    "retinanet_resnet50_fpn_v2",
     "retinanet_resnet101_fpn",
 ]

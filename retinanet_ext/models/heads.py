@@ -13,22 +13,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
+HEAD_NORMS = ("none", "group")
+_GROUPS = 32
+
 
 def _init_conv(conv: nn.Conv2d, bias: float = 0.0) -> None:
     nn.init.normal_(conv.weight, std=0.01)
-    nn.init.constant_(conv.bias, bias)
+    if conv.bias is not None:
+        nn.init.constant_(conv.bias, bias)
+
+
+def _subnet_block(channels: int, norm: str) -> nn.Sequential:
+    relu = nn.ReLU(inplace=True)
+    if norm == "none":
+        return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), relu)
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.GroupNorm(_GROUPS, channels), relu)
 
 
 class _Subnet(nn.Module):
-    """Four 3x3 convolutions with ReLU; the names and the files of earlier versions are torchvision's."""
+    """Four 3x3 convolutions with ReLU, GroupNorm before it where wanted (torchvision's v2); the names and the files of
+    earlier versions are torchvision's."""
 
     _version = 2  # of the state dict: 2 names a convolution "conv.1.0", older files "conv.2"
 
-    def __init__(self, in_channels: int):
+    def __init__(self, in_channels: int, norm: str = "none"):
         super().__init__()
-        self.conv = nn.Sequential(
-            *(nn.Sequential(nn.Conv2d(in_channels, in_channels, 3, padding=1), nn.ReLU(inplace=True)) for _ in range(4))
-        )
+        if norm not in HEAD_NORMS:
+            raise ValueError(f"head_norm: expected one of {HEAD_NORMS}, got {norm!r}")
+        self.conv = nn.Sequential(*(_subnet_block(in_channels, norm) for _ in range(4)))
         for block in self.conv:
             _init_conv(block[0])
 
@@ -50,10 +63,18 @@ class ClassificationHead(_Subnet):
         num_classes: ``K``.
         prior_probability: what every class of every anchor is predicted at before training, so that the many
             background anchors do not drown the loss in the first steps (section 3.3 of the paper).
+        norm: "none", or "group" for GroupNorm.
     """
 
-    def __init__(self, in_channels: int, num_anchors: int, num_classes: int, prior_probability: float = 0.01):
-        super().__init__(in_channels)
+    def __init__(
+        self,
+        in_channels: int,
+        num_anchors: int,
+        num_classes: int,
+        prior_probability: float = 0.01,
+        norm: str = "none",
+    ):
+        super().__init__(in_channels, norm)
         self.cls_logits = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
         _init_conv(self.cls_logits, bias=-math.log((1 - prior_probability) / prior_probability))
 
@@ -67,10 +88,11 @@ class RegressionHead(_Subnet):
     Args:
         in_channels: channels of the features.
         num_anchors: ``A``, anchors a cell.
+        norm: "none", or "group" for GroupNorm.
     """
 
-    def __init__(self, in_channels: int, num_anchors: int):
-        super().__init__(in_channels)
+    def __init__(self, in_channels: int, num_anchors: int, norm: str = "none"):
+        super().__init__(in_channels, norm)
         self.bbox_reg = nn.Conv2d(in_channels, 4 * num_anchors, 3, padding=1)
         _init_conv(self.bbox_reg)
 
@@ -85,12 +107,16 @@ class RetinaNetHead(nn.Module):
         in_channels: channels of the features.
         num_anchors: ``A``, anchors a cell.
         num_classes: ``K``.
+        norm: of both subnets: "none", or "group" for GroupNorm.
+
+    Raises:
+        ValueError: another ``norm``.
     """
 
-    def __init__(self, in_channels: int, num_anchors: int, num_classes: int):
+    def __init__(self, in_channels: int, num_anchors: int, num_classes: int, norm: str = "none"):
         super().__init__()
-        self.classification_head = ClassificationHead(in_channels, num_anchors, num_classes)
-        self.regression_head = RegressionHead(in_channels, num_anchors)
+        self.classification_head = ClassificationHead(in_channels, num_anchors, num_classes, norm=norm)
+        self.regression_head = RegressionHead(in_channels, num_anchors, norm)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Levels ``[B, C, H, W]`` to class logits ``[B, A * K, H, W]`` and deltas ``[B, 4 * A, H, W]``."""

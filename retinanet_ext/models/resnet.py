@@ -1,7 +1,8 @@
 """ResNet (He et al., 2015, arXiv 1512.03385) as a backbone: images in, C3, C4 and C5 out.
 
-The bottleneck strides in its 3x3 convolution ("v1.5"), as torchvision's does. Modules are named as
-torchvision names them, so that state dicts go both ways.
+The bottleneck strides in its 3x3 convolution ("v1.5"), as torchvision's does, or in its first 1x1 convolution, as
+the paper's and the MSRA weights of detectron2 do. Modules are named as torchvision names them, so that state dicts
+go both ways.
 """
 
 from __future__ import annotations
@@ -67,7 +68,15 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, planes: int, stride: int, shortcut: nn.Module | None, norm: Norm):
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        shortcut: nn.Module | None,
+        norm: Norm,
+        stride_in_1x1: bool = False,  # it has none
+    ):
         super().__init__()
         self.conv1 = _conv(in_channels, planes, 3, stride)
         self.bn1 = norm(planes)
@@ -84,15 +93,24 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3 (strides), 1x1 up, and a shortcut. ``[B, C, H, W]`` to ``[B, 4 * planes, H/s, W/s]``."""
+    """1x1 down, 3x3, 1x1 up, and a shortcut; the 3x3 strides, or the first 1x1. ``[B, C, H, W]`` to
+    ``[B, 4 * planes, H/s, W/s]``."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, planes: int, stride: int, shortcut: nn.Module | None, norm: Norm):
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        shortcut: nn.Module | None,
+        norm: Norm,
+        stride_in_1x1: bool = False,
+    ):
         super().__init__()
-        self.conv1 = _conv(in_channels, planes, 1)
+        self.conv1 = _conv(in_channels, planes, 1, stride if stride_in_1x1 else 1)
         self.bn1 = norm(planes)
-        self.conv2 = _conv(planes, planes, 3, stride)
+        self.conv2 = _conv(planes, planes, 3, 1 if stride_in_1x1 else stride)
         self.bn2 = norm(planes)
         self.conv3 = _conv(planes, planes * self.expansion, 1)
         self.bn3 = norm(planes * self.expansion)
@@ -114,6 +132,7 @@ class ResNet(nn.Module):
         block: `BasicBlock` or `Bottleneck`.
         depths: how many blocks each of the four stages has.
         norm: makes a normalisation layer for a number of channels.
+        stride_in_1x1: bottlenecks stride in their first 1x1 convolution.
 
     Attributes:
         out_channels: channels of C3, C4 and C5.
@@ -124,6 +143,7 @@ class ResNet(nn.Module):
         block: type[BasicBlock] | type[Bottleneck],
         depths: tuple[int, int, int, int],
         norm: Norm = nn.BatchNorm2d,
+        stride_in_1x1: bool = False,
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
@@ -131,10 +151,10 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         widths = [64, *(planes * block.expansion for planes in (64, 128, 256, 512))]
-        self.layer1 = _stage(block, widths[0], 64, depths[0], 1, norm)
-        self.layer2 = _stage(block, widths[1], 128, depths[1], 2, norm)
-        self.layer3 = _stage(block, widths[2], 256, depths[2], 2, norm)
-        self.layer4 = _stage(block, widths[3], 512, depths[3], 2, norm)
+        self.layer1 = _stage(block, widths[0], 64, depths[0], 1, norm, stride_in_1x1)
+        self.layer2 = _stage(block, widths[1], 128, depths[1], 2, norm, stride_in_1x1)
+        self.layer3 = _stage(block, widths[2], 256, depths[2], 2, norm, stride_in_1x1)
+        self.layer4 = _stage(block, widths[3], 512, depths[3], 2, norm, stride_in_1x1)
         self.out_channels = tuple(widths[2:])
 
         for module in self.modules():
@@ -158,32 +178,33 @@ def _stage(
     depth: int,
     stride: int,
     norm: Norm,
+    stride_in_1x1: bool,
 ) -> nn.Sequential:
     """``depth`` blocks, of which the first strides and changes the number of channels."""
     out_channels = planes * block.expansion
     shortcut = None
     if stride != 1 or in_channels != out_channels:
         shortcut = nn.Sequential(_conv(in_channels, out_channels, 1, stride), norm(out_channels))
-    blocks = [block(in_channels, planes, stride, shortcut, norm)]
+    blocks = [block(in_channels, planes, stride, shortcut, norm, stride_in_1x1)]
     blocks += [block(out_channels, planes, 1, None, norm) for _ in range(depth - 1)]
     return nn.Sequential(*blocks)
 
 
-def resnet18(norm: Norm = nn.BatchNorm2d) -> ResNet:
+def resnet18(norm: Norm = nn.BatchNorm2d, stride_in_1x1: bool = False) -> ResNet:
     """ResNet-18 with random weights."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), norm)
+    return ResNet(BasicBlock, (2, 2, 2, 2), norm, stride_in_1x1)
 
 
-def resnet34(norm: Norm = nn.BatchNorm2d) -> ResNet:
+def resnet34(norm: Norm = nn.BatchNorm2d, stride_in_1x1: bool = False) -> ResNet:
     """ResNet-34 with random weights."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), norm)
+    return ResNet(BasicBlock, (3, 4, 6, 3), norm, stride_in_1x1)
 
 
-def resnet50(norm: Norm = nn.BatchNorm2d) -> ResNet:
+def resnet50(norm: Norm = nn.BatchNorm2d, stride_in_1x1: bool = False) -> ResNet:
     """ResNet-50 with random weights."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), norm)
+    return ResNet(Bottleneck, (3, 4, 6, 3), norm, stride_in_1x1)
 
 
-def resnet101(norm: Norm = nn.BatchNorm2d) -> ResNet:
+def resnet101(norm: Norm = nn.BatchNorm2d, stride_in_1x1: bool = False) -> ResNet:
     """ResNet-101 with random weights."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), norm)
+    return ResNet(Bottleneck, (3, 4, 23, 3), norm, stride_in_1x1)

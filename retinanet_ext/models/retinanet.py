@@ -1,7 +1,8 @@
 """RetinaNet (Lin et al., 2017, arXiv 1708.02002) on the operators of this library.
 
 Conventions, names, defaults, weights, losses and detections are those of
-``torchvision.models.detection.retinanet_resnet50_fpn``: state dicts load both ways without conversion.
+``torchvision.models.detection.retinanet_resnet50_fpn`` and ``retinanet_resnet50_fpn_v2``: state dicts load both ways
+without conversion. `retinanet_ext.interop` reads the checkpoints of other implementations.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .targets import check_images, check_targets
 from .transform import ImageBatch, ImageTransform, resize_boxes
 
 _FOCAL_ALPHA, _FOCAL_GAMMA = 0.25, 2.0
+BOX_LOSSES = ("l1", "smooth_l1", "giou")
 
 
 class RetinaNet(nn.Module):
@@ -48,6 +50,9 @@ class RetinaNet(nn.Module):
         bg_iou_thresh: an anchor with less than this IoU with every box is background.
         match_policy: how boxes that no anchor fits get theirs, see `retinanet_ext.ops.match_anchors`;
             "torchvision" gives torchvision's losses also where a box touches no anchor at all.
+        head_norm: of the subnets: "none", or "group" for GroupNorm of 32 groups.
+        box_loss: "l1", "smooth_l1" or "giou", see `retinanet_ext.ops.box_regression_loss`.
+        box_loss_beta: where smooth L1 turns from a parabola into a line.
 
     Attributes:
         last_num_foreground: after a training step, int32 ``[B]``: foreground anchors of each image. None
@@ -75,6 +80,9 @@ class RetinaNet(nn.Module):
         fg_iou_thresh: float = 0.5,
         bg_iou_thresh: float = 0.4,
         match_policy: str = "safe",
+        head_norm: str = "none",
+        box_loss: str = "l1",
+        box_loss_beta: float = 1 / 9,
     ):
         super().__init__()
         if num_classes < 1:
@@ -85,6 +93,10 @@ class RetinaNet(nn.Module):
             raise ValueError(
                 f"bg_iou_thresh, fg_iou_thresh: expected 0 <= bg <= fg <= 1, got {bg_iou_thresh}, {fg_iou_thresh}"
             )
+        if box_loss not in BOX_LOSSES:
+            raise ValueError(f"box_loss: expected one of {BOX_LOSSES}, got {box_loss!r}")
+        if not box_loss_beta > 0:
+            raise ValueError(f"box_loss_beta: expected a positive number, got {box_loss_beta}")
         for name, value in (("score_thresh", score_thresh), ("nms_thresh", nms_thresh)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
@@ -94,7 +106,7 @@ class RetinaNet(nn.Module):
         self.transform = ImageTransform(min_size, max_size, image_mean, image_std)
         self.anchor_generator = AnchorGenerator(anchor_sizes, aspect_ratios)
         self.backbone = backbone
-        self.head = RetinaNetHead(backbone.out_channels, self.anchor_generator.num_anchors, num_classes)
+        self.head = RetinaNetHead(backbone.out_channels, self.anchor_generator.num_anchors, num_classes, norm=head_norm)
 
         self.num_classes = num_classes
         self.score_thresh = score_thresh
@@ -104,6 +116,8 @@ class RetinaNet(nn.Module):
         self.fg_iou_thresh = fg_iou_thresh
         self.bg_iou_thresh = bg_iou_thresh
         self.match_policy = match_policy
+        self.box_loss = box_loss
+        self.box_loss_beta = box_loss_beta
         self.last_num_foreground: Tensor | None = None
 
     def forward(
@@ -170,7 +184,13 @@ class RetinaNet(nn.Module):
                 cls_logits, assigned.labels, alpha=_FOCAL_ALPHA, gamma=_FOCAL_GAMMA, normalizer=normalizer
             ),
             "bbox_regression": ops.box_regression_loss(
-                box_deltas, anchors, gt_boxes, assigned.matched, loss="l1", normalizer=normalizer
+                box_deltas,
+                anchors,
+                gt_boxes,
+                assigned.matched,
+                loss=self.box_loss,
+                beta=self.box_loss_beta,
+                normalizer=normalizer,
             ),
         }
 
@@ -213,7 +233,9 @@ _RESNETS = {18: resnet18, 34: resnet34, 50: resnet50, 101: resnet101}
 def _retinanet_resnet_fpn(depth: int, num_classes: int, norm: str, kwargs: dict[str, Any]) -> RetinaNet:
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {tuple(NORMS)}, got {norm!r}")
-    return RetinaNet(BackboneWithFPN(_RESNETS[depth](NORMS[norm])), num_classes, **kwargs)
+    body = _RESNETS[depth](NORMS[norm], kwargs.pop("stride_in_1x1", False))
+    pyramid = {name: kwargs.pop(name) for name in ("p6_from", "p7_relu") if name in kwargs}
+    return RetinaNet(BackboneWithFPN(body, **pyramid), num_classes, **kwargs)
 
 
 def retinanet_resnet18_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
@@ -239,12 +261,20 @@ def retinanet_resnet50_fpn(num_classes: int = 91, *, norm: str = "batch", **kwar
         norm: the normalisation of the ResNet: "batch", trainable BatchNorm; "frozen_batch", fixed statistics,
             for weights that were trained elsewhere; "group", GroupNorm of 32 groups, for batches of one or
             two images.
-        **kwargs: of `RetinaNet`.
+        **kwargs: of `RetinaNet`; and ``p6_from``, ``p7_relu``, see `FeaturePyramid`; ``stride_in_1x1``, see `ResNet`.
 
     Raises:
         ValueError: an unknown ``norm``, or an argument out of its range.
     """
     return _retinanet_resnet_fpn(50, num_classes, norm, kwargs)
+
+
+def retinanet_resnet50_fpn_v2(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
+    """`retinanet_resnet50_fpn` as torchvision's ``retinanet_resnet50_fpn_v2`` has it: P6 made from C5, GroupNorm in the
+    subnets, GIoU as the box loss. That model's weights load as they are."""
+    return _retinanet_resnet_fpn(
+        50, num_classes, norm, {"p6_from": "c5", "head_norm": "group", "box_loss": "giou", **kwargs}
+    )
 
 
 def retinanet_resnet101_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
