@@ -52,7 +52,7 @@ class FunctionReplacement(Replacement):
     def __init__(self, package: str, original: Callable, replacement: Callable):
         self.package = package
         self.original = original
-        self.fits = _parameters(original) == _parameters(replacement)
+        self.signature = inspect.signature(replacement)
         self.replacement = functools.update_wrapper(replacement, original)
         # What torch.jit.script compiles in its place, also inside other functions.
         self.replacement.__prepare_scriptable__ = lambda: original
@@ -60,11 +60,11 @@ class FunctionReplacement(Replacement):
         self._sites: list[tuple[ModuleType, str]] = []
 
     def _install(self) -> None:
-        if not self.fits:
+        signature = inspect.signature(self.original)
+        if _parameters(signature) != _parameters(self.signature):
             raise RuntimeError(
-                f"patch: {self.original.__qualname__}: expected {inspect.signature(self.replacement)}, "
-                f"as in the releases of {self.package} that this one was made for; "
-                f"the installed one has {inspect.signature(self.original)}"
+                f"patch: {self.original.__qualname__}: expected {self.signature}, as in the releases of "
+                f"{self.package} that this one was made for; the installed one has {signature}"
             )
         self._sites = self._attributes_that_are(self.original)
         for module, name in self._sites:
@@ -117,9 +117,9 @@ def original_of(function: object) -> object:
     return getattr(function, "__retinanet_ext_original__", function)
 
 
-def _parameters(function: Callable) -> list[tuple[str, object, object]]:
-    parameters = inspect.signature(function).parameters.values()
-    return [(parameter.name, parameter.kind, parameter.default) for parameter in parameters]
+def _parameters(signature: inspect.Signature) -> list[tuple[str, object, object]]:
+    """Without annotations, which one module writes as types and another as text."""
+    return [(parameter.name, parameter.kind, parameter.default) for parameter in signature.parameters.values()]
 
 
 class Patch:

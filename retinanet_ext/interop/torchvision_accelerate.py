@@ -14,7 +14,7 @@ from .torchvision_stock import is_of
 
 
 def prepare_scriptable(self: RetinaNet) -> RetinaNet:
-    """For ``torch.jit.script``: the same model, its parameters and all, with torchvision's methods where it has ours."""
+    """For ``torch.jit.script``: the same model and parameters, with torchvision's methods where it has ours."""
     cls = type(self)
     ours = [name for name, method in OURS.items() if getattr(cls, name) is method]
     plain = copy.copy(self)
@@ -64,7 +64,7 @@ def _accelerated_class(cls: type[RetinaNet]) -> type[RetinaNet]:
     namespace = {
         **methods,
         "__prepare_scriptable__": prepare_scriptable,
-        "__module__": cls.__module__,
+        "__module__": __name__,
         "__doc__": cls.__doc__,
         "accelerated_from": cls,
     }

@@ -59,7 +59,7 @@ def postprocess_detections(
     anchors: list[list[Tensor]],
     image_shapes: list[tuple[int, int]],
 ) -> list[dict[str, Tensor]]:
-    """``cls_logits`` and ``bbox_regression``: [B, n, K] and [B, n, 4] a level; ``anchors`` [n, 4], by image and level."""
+    """A level: ``cls_logits`` [B, n, K], ``bbox_regression`` [B, n, 4]; ``anchors`` [n, 4] by image and level."""
     logits, deltas = head_outputs.get("cls_logits", []), head_outputs.get("bbox_regression", [])
     if not (
         len(image_shapes) == len(anchors) and _rows_fit(logits, deltas, anchors) and _can_detect(self, logits, deltas)
