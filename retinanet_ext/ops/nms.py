@@ -40,7 +40,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         iou_threshold: a box with an IoU above this with a better kept one is dropped.
 
     Returns:
-        int64 ``[K]``: rows of ``boxes`` that are kept, by descending score.
+        int64 ``[K]``: rows of ``boxes`` that are kept, by descending score. (On CUDA the host waits for their number.)
 
     Raises:
         RuntimeError: wrong shapes or types, with torchvision's words.
@@ -64,7 +64,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         iou_threshold: a box with an IoU above this with a better kept one of its label is dropped.
 
     Returns:
-        int64 ``[K]``: rows of ``boxes`` that are kept, by descending score.
+        int64 ``[K]``: rows of ``boxes`` that are kept, by descending score. (On CUDA the host waits for their number.)
 
     Raises:
         RuntimeError: wrong shapes or types, with torchvision's words.

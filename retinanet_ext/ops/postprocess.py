@@ -169,7 +169,7 @@ def _split_sizes(
 ) -> tuple[Tensor | None, list[float]]:
     """As the operator takes them: a tensor on the device, or numbers."""
     if isinstance(image_sizes, Tensor):
-        return image_sizes.to(device), []
+        return image_sizes.to(device, non_blocking=True), []
     return None, [float(side) for size in image_sizes for side in size]
 
 
