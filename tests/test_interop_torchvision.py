@@ -92,7 +92,7 @@ def boxes_around_the_threshold(count, iou_threshold):
     boxes, scores = random_boxes(count), torch.rand(count)
     boxes[-1] = boxes[0]
     x1, _, x2, _ = boxes[-1].tolist()
-    boxes[-1, 0] += (x2 - x1) * (1 - (iou_threshold + 1e-5)) / 1
+    boxes[-1, 0] += (x2 - x1) * (1 - (iou_threshold + 1e-5))
     scores[-1] += 1
     return boxes, scores
 

@@ -1,7 +1,8 @@
-"""Small torchvision RetinaNets with random weights, and images and targets for them."""
+"""Small torchvision RetinaNets with random weights, images and targets for them, and what their tests compare."""
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
+
+from retinanet_ext import ops
 
 NUM_CLASSES = 7
 CHANNELS = 32
@@ -79,3 +82,58 @@ TARGETS = [
 ]
 # A box that overlaps no anchor: torchvision's rule then makes foreground of every anchor.
 FLOODING = dict(boxes=boxes_of((20, 20, 60, 60), (900, 900, 990, 990)), labels=torch.tensor([2, 4]))
+
+LOSS_OPERATORS = ["assign_targets", "multilevel_focal_loss", "box_regression_loss"]
+
+
+def record_calls(monkeypatch, names):
+    """A list that the names of our operators are added to as they are called."""
+    seen = []
+
+    def recorded(name, function):
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            seen.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(ops, name, recorded(name, getattr(ops, name)))
+    return seen
+
+
+def results(model):
+    """Losses and detections, or the error that came instead."""
+    found = []
+    for training, arguments in ((True, (IMAGES, TARGETS)), (False, (IMAGES,))):
+        model.train(training)
+        try:
+            with torch.no_grad():
+                found.append(model(*arguments))
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def assert_same_results(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        if isinstance(b, str):
+            assert a == b
+        elif isinstance(b, dict):
+            assert list(a) == list(b)
+            for name in b:
+                torch.testing.assert_close(a[name], b[name], rtol=2e-6, atol=0)
+        else:
+            assert_same_detections(a, b)
+
+
+def assert_same_detections(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert list(a) == list(b) == ["boxes", "scores", "labels"]
+        assert [value.dtype for value in a.values()] == [value.dtype for value in b.values()]
+        assert torch.equal(a["labels"], b["labels"])
+        # The two exponentials are each within an ulp of the truth; sides are at most 200 pixels.
+        torch.testing.assert_close(a["boxes"], b["boxes"], rtol=0, atol=4 * 200 * 2**-23)
+        torch.testing.assert_close(a["scores"], b["scores"], rtol=2**-22, atol=0)
