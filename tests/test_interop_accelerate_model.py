@@ -15,8 +15,8 @@ pytest.importorskip("torchvision", reason="accelerates torchvision's RetinaNet")
 
 from torchvision.models import detection as tv_detection
 from torchvision_models import (
+    ALL,
     IMAGES,
-    LOSS_OPERATORS,
     TARGETS,
     assert_same_results,
     record_calls,
@@ -26,8 +26,6 @@ from torchvision_models import (
 
 from retinanet_ext import models
 from retinanet_ext.interop import restore
-
-ALL = [*LOSS_OPERATORS, "detect"]
 
 
 @pytest.fixture

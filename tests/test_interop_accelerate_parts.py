@@ -17,6 +17,7 @@ from torchvision.models.detection import retinanet as tv_retinanet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import boxes as tv_boxes
 from torchvision_models import (
+    ALL,
     IMAGES,
     LOSS_OPERATORS,
     TARGETS,
@@ -28,8 +29,6 @@ from torchvision_models import (
 )
 
 from retinanet_ext.interop import restore
-
-ALL = [*LOSS_OPERATORS, "detect"]
 
 
 @pytest.fixture
@@ -277,6 +276,21 @@ def test_targets_that_torchvision_has_its_own_way_with(targets):
         assert found[1] == pytest.approx(found[0], rel=2e-6, nan_ok=True)
     else:
         assert found[1] == found[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("channels", "num_classes"), [(6 * 14, 7), (6 * 7, 14), (6 * 7 + 1, 7)])
+def test_a_head_at_odds_with_its_number_of_classes(training, channels, num_classes):
+    """The last layer replaced for other classes, and not the number: torchvision's error, not other losses."""
+    theirs = tiny_retinanet().train(training)
+    theirs.head.classification_head.cls_logits = torch.nn.Conv2d(32, channels, 3, padding=1)
+    theirs.head.classification_head.num_classes = num_classes
+    errors = []
+    for model in (theirs, retinanet_ext.accelerate(copy.deepcopy(theirs))):
+        with pytest.raises((RuntimeError, IndexError)) as raised:
+            model(IMAGES, TARGETS)
+        errors.append((type(raised.value), str(raised.value)))
+    assert errors[0] == errors[1]
 
 
 def test_images_that_torchvision_refuses():

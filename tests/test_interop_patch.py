@@ -259,6 +259,8 @@ def test_functions_and_models_pickle_under_the_patch():
     with retinanet_ext.patch("torchvision"):
         packed = pickle.dumps(torchvision.ops.box_iou)
         assert pickle.loads(packed) is torchvision.ops.box_iou
+        with pytest.raises(pickle.PicklingError):  # as docs/interop.md says: Python looks functions up by name
+            pickle.dumps(ORIGINALS["box_iou"])
     assert pickle.loads(packed) is ORIGINALS["box_iou"]
 
 

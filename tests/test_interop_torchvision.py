@@ -194,6 +194,14 @@ def test_batched_nms(calls, count, label_type):
     assert_same(kept.sort().values, kept_by_label.sort().values)
 
 
+def test_batched_nms_of_negative_coordinates_compares_labels():
+    """docs/interop.md: torchvision's offset of the second label moves its box onto the first."""
+    boxes = torch.tensor([[-189.0, -189, -179, -179], [-100, -100, -90, -90]])
+    arguments = boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), 0.5
+    assert tv_ops.batched_nms(*arguments).tolist() == [0, 1]
+    assert ORIGINALS["batched_nms"](*arguments).tolist() == [0]
+
+
 def test_batched_nms_with_labels_that_do_not_fit_is_torchvisions(calls):
     boxes, scores = random_boxes(6), torch.rand(6)
     assert_same_outcome("batched_nms", boxes, scores, torch.zeros(5), 0.5)

@@ -84,6 +84,7 @@ TARGETS = [
 FLOODING = dict(boxes=boxes_of((20, 20, 60, 60), (900, 900, 990, 990)), labels=torch.tensor([2, 4]))
 
 LOSS_OPERATORS = ["assign_targets", "multilevel_focal_loss", "box_regression_loss"]
+ALL = [*LOSS_OPERATORS, "detect"]  # in the order that a training and an evaluation step call them
 
 
 def record_calls(monkeypatch, names):

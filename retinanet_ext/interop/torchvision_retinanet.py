@@ -8,7 +8,7 @@ tracing. `forward` reads the levels as the convolutions leave them: what torchvi
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,41 +16,41 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.ops.boxes import clip_boxes_to_image
 
 from .. import ops
-from .._load import CUDA_MISSING
-from ..reference.focal_loss import anchor_rows, autocast_enabled, compute_dtype
+from ..reference.anchor_match import AssignedTargets
+from ..reference.focal_loss import autocast_enabled, compute_dtype
+from . import torchvision_inputs as inputs
 from . import torchvision_stock as stock
+from .torchvision_inputs import Levels, Targets
 
 THEIRS = {name: vars(RetinaNet)[name] for name in ("forward", "compute_loss", "postprocess_detections")}
-
-Targets = Sequence[Mapping[str, Tensor]]
-Levels = Sequence[Tensor]  # [B, A * K, H, W] or [B, n, K] each; deltas with 4 in place of K
 
 
 def compute_loss(self, targets: Targets, head_outputs: dict[str, Tensor], anchors: list[Tensor]) -> dict[str, Tensor]:
     """``cls_logits`` [B, N, K], ``bbox_regression`` [B, N, 4], ``anchors`` [N, 4] of each image."""
     logits, deltas = [head_outputs.get("cls_logits")], [head_outputs.get("bbox_regression")]
     if not (
-        _is_eager(logits[0])
+        inputs.is_eager(logits[0])
         and stock.has_own_matching(self)
-        and _rows_fit(logits, deltas, [[image] for image in anchors])
-        and _layouts_fit(targets, logits, deltas, anchors)
-        and _values_fit(targets, logits[0].shape[-1])
+        and inputs.rows_fit(logits, deltas, [[image] for image in anchors])
+        and inputs.layouts_fit(targets, logits, deltas, anchors)
+        and inputs.values_fit(targets, logits[0].shape[-1])
     ):
         return THEIRS["compute_loss"](self, targets, head_outputs, anchors)
-    assigned = _assign(self, targets, _joined_anchors(anchors))
-    matches = list(assigned.matched.long())
+    joined = _joined_anchors(anchors)
+    assigned = _assign(self, targets, joined)
     head = self.head
     if not stock.has_own_loss(head):
-        return head.compute_loss(targets, head_outputs, anchors, matches)
+        return head.compute_loss(targets, head_outputs, anchors, _matches(assigned))
     classes, boxes = head.classification_head, head.regression_head
-    return {
-        "classification": _class_loss(logits, assigned)
-        if stock.has_own_class_loss(classes)
-        else classes.compute_loss(targets, head_outputs, matches),
-        "bbox_regression": _box_loss(boxes, targets, deltas, _joined_anchors(anchors), assigned)
-        if stock.has_own_box_loss(boxes)
-        else boxes.compute_loss(targets, head_outputs, anchors, matches),
-    }
+    if stock.has_own_class_loss(classes):
+        classification = _class_loss(logits, assigned)
+    else:
+        classification = classes.compute_loss(targets, head_outputs, _matches(assigned))
+    if stock.has_own_box_loss(boxes):
+        bbox_regression = _box_loss(boxes, targets, deltas, joined, assigned)
+    else:
+        bbox_regression = boxes.compute_loss(targets, head_outputs, anchors, _matches(assigned))
+    return {"classification": classification, "bbox_regression": bbox_regression}
 
 
 def postprocess_detections(
@@ -62,7 +62,9 @@ def postprocess_detections(
     """A level: ``cls_logits`` [B, n, K], ``bbox_regression`` [B, n, 4]; ``anchors`` [n, 4] by image and level."""
     logits, deltas = head_outputs.get("cls_logits", []), head_outputs.get("bbox_regression", [])
     if not (
-        len(image_shapes) == len(anchors) and _rows_fit(logits, deltas, anchors) and _can_detect(self, logits, deltas)
+        len(image_shapes) == len(anchors)
+        and inputs.rows_fit(logits, deltas, anchors)
+        and _can_detect(self, logits, deltas)
     ):
         return THEIRS["postprocess_detections"](self, head_outputs, anchors, image_shapes)
     joined = _joined_anchors([torch.cat(list(levels)) for levels in anchors])
@@ -71,14 +73,14 @@ def postprocess_detections(
 
 def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
     """torchvision's `RetinaNet.forward`, step by step, but that the heads' outputs are not permuted and joined."""
-    if not (_levels_are_enough(self) and len(images) > 0 and _is_eager(images[0])):
+    if not (_levels_are_enough(self) and len(images) > 0 and inputs.is_eager(images[0])):
         return THEIRS["forward"](self, images, targets)
-    original_sizes = _check_inputs(images, targets, self.training)
+    original_sizes = inputs.check_inputs(images, targets, self.training)
     images, targets = self.transform(images, targets)
     num_classes = self.head.classification_head.num_classes
-    usable = targets is not None and _have_boxes_and_labels(targets) and _values_fit(targets, num_classes)
+    usable = targets is not None and inputs.have_boxes_and_labels(targets) and inputs.values_fit(targets, num_classes)
     if targets is not None and not usable:
-        _reject_degenerate(targets)
+        inputs.reject_degenerate(targets)
     features = self.backbone(images.tensors)
     if isinstance(features, Tensor):
         features = OrderedDict([("0", features)])
@@ -90,44 +92,19 @@ def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None 
 
     losses, detections = {}, []
     if self.training:
-        if usable and _layouts_fit(targets, logits, deltas, anchors):
-            shared = _joined_anchors(anchors, stock.has_shared_anchors(self.anchor_generator))
-            assigned = _assign(self, targets, shared)
-            losses = {
-                "classification": _class_loss(logits, assigned),
-                "bbox_regression": _box_loss(boxes, targets, deltas, shared, assigned),
-            }
-        else:
+        losses = _losses_of_levels(self, targets if usable else None, logits, deltas, anchors)
+        if losses is None:
             losses = self.compute_loss(targets, _joined_outputs(logits, deltas, num_classes), anchors)
     else:
-        if _can_detect(self, logits, deltas) and _anchors_fit(deltas, anchors):
-            shared = _joined_anchors(anchors, stock.has_shared_anchors(self.anchor_generator))
-            detections = _detections(self, logits, deltas, shared, images.image_sizes)
-        else:
-            rows = {
-                "cls_logits": [anchor_rows(level, num_classes) for level in logits],
-                "bbox_regression": [anchor_rows(level, 4) for level in deltas],
-            }
-            counts = [level.shape[1] for level in rows["cls_logits"]]
-            split = [list(image.split(counts)) for image in anchors]
-            detections = self.postprocess_detections(rows, split, images.image_sizes)
+        detections = _detections_of_levels(self, logits, deltas, anchors, images.image_sizes)
+        if detections is None:
+            outputs, split_anchors = _split_outputs(logits, deltas, anchors, num_classes)
+            detections = self.postprocess_detections(outputs, split_anchors, images.image_sizes)
         detections = self.transform.postprocess(detections, images.image_sizes, original_sizes)
     return self.eager_outputs(losses, detections)
 
 
 OURS = {"forward": forward, "compute_loss": compute_loss, "postprocess_detections": postprocess_detections}
-
-
-def _is_eager(tensor: Tensor | None) -> bool:
-    """A device that our operators run on, and no tracer, which would record other operators than torchvision's."""
-    device = tensor.device.type if isinstance(tensor, Tensor) else None
-    return (
-        (device == "cpu" or (device == "cuda" and CUDA_MISSING is None))
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-    )
 
 
 def _levels_are_enough(model: RetinaNet) -> bool:
@@ -145,95 +122,34 @@ def _levels_are_enough(model: RetinaNet) -> bool:
     )
 
 
-def _check_inputs(images: list[Tensor], targets: Targets | None, training: bool) -> list[tuple[int, int]]:
-    """torchvision's checks, in its words. Returns the images' sizes."""
-    if training:
-        torch._assert(targets is not None, "targets should not be none when in training mode")
-        for target in targets:
-            boxes = target["boxes"]
-            torch._assert(isinstance(boxes, Tensor), "Expected target boxes to be of type Tensor.")
-            torch._assert(
-                len(boxes.shape) == 2 and boxes.shape[-1] == 4, "Expected target boxes to be a tensor of shape [N, 4]."
-            )
-    for image in images:
-        torch._assert(
-            len(image.shape[-2:]) == 2,
-            f"expecting the last two dimensions of the Tensor to be H and W instead got {image.shape[-2:]}",
-        )
-    return [(image.shape[-2], image.shape[-1]) for image in images]
+def _losses_of_levels(
+    model: RetinaNet, targets: Targets | None, logits: Levels, deltas: Levels, anchors: list[Tensor]
+) -> dict[str, Tensor] | None:
+    """None where torchvision's code has to see the inputs. ``targets``: their values have been looked at."""
+    head = model.head
+    if (
+        targets is None
+        or not inputs.sizes_fit(logits, deltas, anchors, head.classification_head.num_classes)
+        or not inputs.layouts_fit(targets, logits, deltas, anchors)
+    ):
+        return None
+    joined = _joined_anchors(anchors, stock.has_shared_anchors(model.anchor_generator))
+    assigned = _assign(model, targets, joined)
+    return {
+        "classification": _class_loss(logits, assigned),
+        "bbox_regression": _box_loss(head.regression_head, targets, deltas, joined, assigned),
+    }
 
 
-def _reject_degenerate(targets: Targets) -> None:
-    for index, target in enumerate(targets):
-        boxes = target["boxes"]
-        degenerate = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
-        if degenerate.any():
-            first = boxes[torch.where(degenerate)[0][0]].tolist()
-            torch._assert(
-                False,
-                "All bounding boxes should have positive height and width."
-                f" Found invalid box {first} for target at index {index}.",
-            )
-
-
-def _have_boxes_and_labels(targets: Targets) -> bool:
-    """Boxes [M, 4] and integer labels [M] that torchvision reads as they are."""
-    for target in targets:
-        boxes, labels = target.get("boxes"), target.get("labels")
-        if not isinstance(boxes, Tensor) or not isinstance(labels, Tensor):
-            return False
-        if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-            return False
-        if labels.dtype not in (torch.int64, torch.int32) or labels.device != boxes.device:
-            return False
-        if torch.is_grad_enabled() and boxes.requires_grad:
-            return False
-    return len(targets) > 0 and len({target["boxes"].device for target in targets}) == 1
-
-
-def _values_fit(targets: Targets, num_classes: int) -> bool:
-    """No box without area, no label that torchvision wraps around or refuses. Waits for the device once."""
-    boxes = torch.cat([target["boxes"] for target in targets])
-    labels = torch.cat([target["labels"] for target in targets])
-    boxes_fit = (boxes[:, 2:] > boxes[:, :2]).all() & boxes.isfinite().all()
-    return bool(boxes_fit & ((labels >= 0) & (labels < num_classes)).all())
-
-
-def _layouts_fit(targets: Targets, logits: Levels, deltas: Levels, anchors: list[Tensor]) -> bool:
-    """Targets for each image, in the type that we and torchvision compute in."""
-    wide = compute_dtype(deltas[0].dtype)
-    return (
-        len(targets) == len(anchors)
-        and _have_boxes_and_labels(targets)
-        and all(target["boxes"].dtype == wide and target["boxes"].device == deltas[0].device for target in targets)
-        and compute_dtype(logits[0].dtype) == wide
-        and _anchors_fit(deltas, anchors)
-    )
-
-
-def _anchors_fit(deltas: Levels, anchors: list[Tensor]) -> bool:
-    """[N, 4] for each image of the batch, in no other precision than the deltas."""
-    first = anchors[0]
-    return len(anchors) == len(deltas[0]) and all(
-        image.shape == first.shape
-        and compute_dtype(image.dtype) == compute_dtype(deltas[0].dtype)
-        and not (torch.is_grad_enabled() and image.requires_grad)
-        for image in anchors
-    )
-
-
-def _rows_fit(logits: Levels, deltas: Levels, anchors: list[list[Tensor]]) -> bool:
-    """Logits [B, n, K], deltas [B, n, 4] and anchors [n, 4] of the same levels and images, K > 0."""
-    if not anchors or not logits or not len(logits) == len(deltas) == len(anchors[0]):
-        return False
-    batch, num_classes = len(anchors), logits[0].shape[-1]
-    for index, (level_logits, level_deltas) in enumerate(zip(logits, deltas, strict=True)):
-        rows = level_logits.shape[1] if level_logits.dim() == 3 else -1
-        if level_logits.shape != (batch, rows, num_classes) or level_deltas.shape != (batch, rows, 4):
-            return False
-        if any(len(image) != len(logits) or image[index].shape != (rows, 4) for image in anchors):
-            return False
-    return num_classes > 0 and _anchors_fit(deltas, [image[0] for image in anchors])
+def _detections_of_levels(
+    model: RetinaNet, logits: Levels, deltas: Levels, anchors: list[Tensor], image_sizes: Sequence[tuple[int, int]]
+) -> list[dict[str, Tensor]] | None:
+    """None where torchvision's code has to see the inputs."""
+    num_classes = model.head.classification_head.num_classes
+    if not _can_detect(model, logits, deltas) or not inputs.sizes_fit(logits, deltas, anchors, num_classes):
+        return None
+    joined = _joined_anchors(anchors, stock.has_shared_anchors(model.anchor_generator))
+    return _detections(model, logits, deltas, joined, image_sizes)
 
 
 def _joined_anchors(anchors: list[Tensor], shared: bool = False) -> Tensor:
@@ -244,14 +160,33 @@ def _joined_anchors(anchors: list[Tensor], shared: bool = False) -> Tensor:
 
 
 def _joined_outputs(logits: Levels, deltas: Levels, num_classes: int) -> dict[str, Tensor]:
-    """What torchvision's head returns."""
-    return {
-        "cls_logits": torch.cat([anchor_rows(level, num_classes) for level in logits], dim=1),
-        "bbox_regression": torch.cat([anchor_rows(level, 4) for level in deltas], dim=1),
-    }
+    """What torchvision's head returns: [B, N, K] and [B, N, 4]."""
+    return {"cls_logits": _joined(logits, num_classes), "bbox_regression": _joined(deltas, 4)}
 
 
-def _assign(model: RetinaNet, targets: Targets, anchors: Tensor):
+def _joined(levels: Levels, columns: int) -> Tensor:
+    rows = []
+    for level in levels:
+        if level.dim() == 4:
+            batch, _, height, width = level.shape
+            level = level.view(batch, -1, columns, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, columns)
+        rows.append(level)
+    return torch.cat(rows, dim=1)
+
+
+def _split_outputs(
+    logits: Levels, deltas: Levels, anchors: list[Tensor], num_classes: int
+) -> tuple[dict[str, list[Tensor]], list[list[Tensor]]]:
+    """What torchvision's `RetinaNet.forward` gives to ``postprocess_detections``."""
+    outputs = _joined_outputs(logits, deltas, num_classes)
+    cells = [level.shape[2] * level.shape[3] for level in logits]
+    per_cell = outputs["cls_logits"].shape[1] // sum(cells)
+    counts = [count * per_cell for count in cells]
+    split = {name: list(rows.split(counts, dim=1)) for name, rows in outputs.items()}
+    return split, [list(image.split(counts)) for image in anchors]
+
+
+def _assign(model: RetinaNet, targets: Targets, anchors: Tensor) -> AssignedTargets:
     matcher = model.proposal_matcher
     return ops.assign_targets(
         anchors,
@@ -264,24 +199,29 @@ def _assign(model: RetinaNet, targets: Targets, anchors: Tensor):
     )
 
 
-def _normalizer(assigned, dtype: torch.dtype) -> Tensor:
+def _matches(assigned: AssignedTargets) -> list[Tensor]:
+    """What torchvision's matcher returns for each image."""
+    return list(assigned.matched.long())
+
+
+def _normalizer(assigned: AssignedTargets, dtype: torch.dtype) -> Tensor:
     """[B]: the mean over images of each image's loss per foreground anchor."""
     return len(assigned.labels) * assigned.num_foreground.clamp(min=1).to(dtype)
 
 
-def _class_loss(logits: Levels, assigned) -> Tensor:
+def _class_loss(logits: Levels, assigned: AssignedTargets) -> Tensor:
     dtype = logits[0].dtype
     normalizer = _normalizer(assigned, compute_dtype(dtype))
     if dtype == torch.float64:  # the joint loss of all levels is float32
         num_classes = sum(level[0].numel() for level in logits) // assigned.labels.shape[1]
-        rows = torch.cat([anchor_rows(level, num_classes) for level in logits], dim=1)
-        sums = [ops.sigmoid_focal_loss(*image, reduction="sum") for image in zip(rows, assigned.labels, strict=True)]
+        images = zip(_joined(logits, num_classes), assigned.labels, strict=True)
+        sums = [ops.sigmoid_focal_loss(*image, reduction="sum") for image in images]
         return (torch.stack(sums) / normalizer).sum()
     loss = ops.multilevel_focal_loss(logits, assigned.labels, normalizer=normalizer)
     return loss if autocast_enabled(logits[0]) else loss.to(dtype)
 
 
-def _box_loss(head: nn.Module, targets: Targets, deltas: Levels, anchors: Tensor, assigned) -> Tensor:
+def _box_loss(head: nn.Module, targets: Targets, deltas: Levels, anchors: Tensor, assigned: AssignedTargets) -> Tensor:
     return ops.box_regression_loss(
         deltas,
         anchors,
@@ -296,7 +236,7 @@ def _box_loss(head: nn.Module, targets: Targets, deltas: Levels, anchors: Tensor
 
 def _can_detect(model: RetinaNet, logits: Levels, deltas: Levels) -> bool:
     return (
-        _is_eager(logits[0])
+        inputs.is_eager(logits[0])
         and stock.has_own_postprocessing(model)
         and compute_dtype(logits[0].dtype) == compute_dtype(deltas[0].dtype)
     )
