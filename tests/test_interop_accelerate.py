@@ -70,7 +70,7 @@ def change(model, what):
         model.score_thresh, model.nms_thresh = 0.2, 0.3
         model.detections_per_img, model.topk_candidates = 17, 50
     elif what == "no low-quality matches":
-        model.proposal_matcher = det_utils.Matcher(0.5, 0.4, allow_low_quality_matches=False)
+        model.proposal_matcher = det_utils.Matcher(0.8, 0.4, allow_low_quality_matches=False)
     return model
 
 

@@ -92,6 +92,18 @@ def with_attribute(name, value):
     return apply
 
 
+def with_clipped_giou(model):
+    model.head.regression_head._loss_type = "giou"
+    model.head.regression_head.box_coder.bbox_xform_clip = 0.01
+    return model
+
+
+def with_method_on_the_instance(model):
+    classes = model.head.classification_head
+    classes.compute_loss = lambda *arguments: 2 * type(classes).compute_loss(classes, *arguments)
+    return model
+
+
 def with_hook(part):
     def apply(model):
         functools.reduce(getattr, part.split("."), model).register_forward_hook(stretch)
@@ -126,6 +138,11 @@ OTHER_PARTS = {
     "coder of the detections": (with_class("box_coder", ShiftedCoder), LOSS_OPERATORS),
     "clip of the detections": (with_attribute("box_coder.bbox_xform_clip", 0.1), LOSS_OPERATORS),
     "clip of a loss that encodes": (with_attribute("head.regression_head.box_coder.bbox_xform_clip", 0.1), ALL),
+    "clip of a loss that decodes": (with_clipped_giou, ["assign_targets", "multilevel_focal_loss", "detect"]),
+    "a method of one head": (
+        with_method_on_the_instance,
+        ["assign_targets", "box_regression_loss", "detect"],
+    ),
     "losses of the head": (with_class("head", WeightedHead), ["assign_targets", "detect"]),
     "loss of the classes": (
         with_class("head.classification_head", WeightedClasses),
@@ -193,6 +210,24 @@ def test_functions_that_somebody_replaced_in_torchvision_are_honoured(calls, mon
     assert missing not in calls
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "missing"),
+    [
+        (det_utils.Matcher, "set_low_quality_matches_", "assign_targets"),
+        (tv_retinanet.RetinaNetRegressionHead, "compute_loss", "box_regression_loss"),
+        (tv_retinanet.RetinaNetClassificationHead, "compute_loss", "multilevel_focal_loss"),
+        (det_utils.BoxCoder, "decode_single", "detect"),
+    ],
+)
+def test_methods_that_somebody_replaced_in_torchvision_are_honoured(calls, monkeypatch, cls, name, missing):
+    model = retinanet_ext.accelerate(tiny_retinanet())
+    original, used = getattr(cls, name), []
+    monkeypatch.setattr(cls, name, lambda *arguments: used.append(name) or original(*arguments))
+    results(model)
+    assert used
+    assert missing not in calls
+
+
 class OwnLoss(tv_detection.RetinaNet):
     def compute_loss(self, targets, head_outputs, anchors):
         return {name: 2 * loss for name, loss in super().compute_loss(targets, head_outputs, anchors).items()}
@@ -250,6 +285,7 @@ def test_a_subclass_that_overrides_everything_is_refused():
         [dict(TARGETS[0], boxes=boxes_of((5, 5, 50, 50), (9, 9, 9, 30), (1, 1, 9, 9))), *TARGETS[1:]],
         [dict(TARGETS[0], boxes=boxes_of((5, 5, 50, 50), (9, 9, 19, 3), (1, 1, 9, 9))), *TARGETS[1:]],
         [dict(TARGETS[0], boxes=boxes_of((5, 5, 50, 50), (9, 9, float("nan"), 30), (1, 1, 9, 9))), *TARGETS[1:]],
+        [dict(TARGETS[0], boxes=boxes_of((5, 5, 50, 50), (9, 9, float("inf"), 30), (1, 1, 9, 9))), *TARGETS[1:]],
         [dict(TARGETS[0], boxes=torch.zeros(3, 5)), *TARGETS[1:]],
         [dict(TARGETS[0], boxes=torch.zeros(0)), *TARGETS[1:]],
         [dict(TARGETS[0], boxes=[[1.0, 2.0, 3.0, 4.0]]), *TARGETS[1:]],
@@ -259,7 +295,7 @@ def test_a_subclass_that_overrides_everything_is_refused():
         [],
     ],
     ids=["label K", "label -1", "floating labels", "few labels", "many labels", "no width", "negative", "nan",
-         "five numbers", "1d", "list", "no labels", "few targets", "none", "empty"],
+         "infinite", "five numbers", "1d", "list", "no labels", "few targets", "none", "empty"],
 )  # fmt: skip
 def test_targets_that_torchvision_has_its_own_way_with(targets):
     torch.manual_seed(0)

@@ -68,3 +68,13 @@ def test_functions_under_the_patch(calls):
     alone = torch.cat([rows[originals[0](boxes[rows], scores[rows], 0.5)] for rows in by_label])
     assert torch.equal(kept.sort().values, alone.sort().values)
     assert calls == ["nms", "batched_nms", "box_iou"]
+
+
+def test_autocast_has_torchvisions_types(calls):
+    theirs = tiny_retinanet().cuda().eval()
+    ours = retinanet_ext.accelerate(copy.deepcopy(theirs))
+    images = [image.cuda() for image in IMAGES]
+    with torch.no_grad(), torch.autocast("cuda", torch.float16):
+        types = [[value.dtype for value in model(images)[0].values()] for model in (theirs, ours)]
+    assert calls == ["detect"]
+    assert types[0] == types[1]
