@@ -1,7 +1,7 @@
 """The anchor matching CUDA kernels at the edges of what a lane, a warp and a tile hold, run by the emulator.
 
-Each place of a tile, of a warp's boxes and of a lane's anchors counts alone. Any bound of the kernels that is off by one
-fails here, in test_anchor_match_kernel.py or under the sanitizers: `python tests/mutate_kernels.py` proves it
+Each place of a tile, of a warp's boxes and of a lane's anchors counts alone. Any bound of the kernels that is off by
+one fails here, in test_anchor_match_kernel.py or under the sanitizers: `python tests/mutate_kernels.py` proves it
 (docs/testing.md).
 """
 
