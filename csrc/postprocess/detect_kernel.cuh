@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(kFilterThreads, kFilterMinBlocks<S>)
   const int64_t begin = static_cast<int64_t>(part - image * level.parts) * args.part;
   const int64_t end = level.size - begin < args.part ? level.size : begin + args.part;
   Key* const candidates = args.candidates + level.first_slot + part * level.capacity;
-  if (threadIdx.x == 0) fill[0] = 0;
-  __syncthreads();  // the buffer is empty
+  if (threadIdx.x == 0) fill[0] = 0;  // each tile has a vote, which is a barrier, before its keys
 
   // Whole vectors begin at 16-byte boundaries; the first and the last of the part may be cut.
   const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(logits + begin) % kVectorBytes / sizeof(S));
@@ -126,7 +125,8 @@ __global__ void __launch_bounds__(kFilterThreads, kFilterMinBlocks<S>)
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) waiting |= static_cast<uint32_t>(values[i] >= cut) << (v * kWidth + i);
         }
-      } else if (position < end && position + kWidth > begin) {
+      } else {
+        // Either end of the part.
         for (int i = 0; i < kWidth; ++i) {
           const bool exists = position + i >= begin && position + i < end;
           if (exists && load_value(logits[position + i]) >= cut) waiting |= 1u << (v * kWidth + i);
@@ -362,13 +362,12 @@ __global__ void __launch_bounds__(kSortThreads) detect_rank_kernel(const __grid_
   const int image = args.first_image + of_launch;
   const int64_t place = (static_cast<int64_t>(blockIdx.x) - static_cast<int64_t>(of_launch) * args.blocks_per_image) *
                             kSortThreads + threadIdx.x;
-  if (place >= args.room) return;
   int index = 0;
   while (index + 1 < args.num_levels && place >= args.levels[index + 1].first) ++index;
   const RankLevel& level = args.levels[index];
   const uint32_t* const counts = args.selected_counts + static_cast<int64_t>(image) * args.num_levels;
   int64_t rank = place - level.first;
-  if (rank >= counts[index]) return;
+  if (rank >= counts[index]) return;  // so do all places behind the last level's
   const int64_t first = image * args.room;
   const rank_key_t<L> key = args.selected[first + place];
   for (int other = 0; other < args.num_levels; ++other) {
