@@ -4,6 +4,7 @@ bits, sizes, sanitizer cases. Each gate has a marker, which tests/gpu_ring.py ru
 import pytest
 import torch
 from cuda_gates import bits, capture, host_must_not_wait
+from logit_kinds import LOGIT_KINDS, logits_of_kind
 
 from retinanet_ext import detect, reference
 from retinanet_ext.models.anchors import AnchorGenerator
@@ -102,21 +103,11 @@ def test_more_images_than_a_launch_holds():
     check(*make_case(batch=150, image=(64, 64)))
 
 
-@pytest.mark.parametrize("logits_of", ["random", "all equal", "rising", "falling", "few values", "infinite and NaN"])
+@pytest.mark.parametrize("logits_of", LOGIT_KINDS)
 @pytest.mark.parametrize("topk", [1, 30, 1000, 3000, 10**9])
 def test_more_candidates_than_are_wanted(logits_of, topk):
     logits, deltas, anchors, sizes = make_case()
-    if logits_of == "all equal":
-        logits = [torch.full_like(level, 0.5) for level in logits]
-    elif logits_of in ("rising", "falling"):
-        step = 1e-4 if logits_of == "rising" else -1e-4
-        logits = [(torch.arange(level.numel()) * step).view(level.shape) for level in logits]
-    elif logits_of == "few values":
-        logits = [level.round() for level in logits]
-    elif logits_of == "infinite and NaN":
-        for value, every in ((float("inf"), 5), (float("-inf"), 7), (float("nan"), 11)):
-            for level in logits:
-                level.view(-1)[::every] = value
+    logits = logits_of_kind(logits_of, logits)
     check(logits, deltas, anchors, sizes, score_thresh=0.01, topk_per_level=topk, max_detections=400)
 
 

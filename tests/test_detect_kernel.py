@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from logit_kinds import LOGIT_KINDS, logits_of_kind
 
 from retinanet_ext import reference
 
@@ -136,23 +137,13 @@ def test_parts_and_tiles_that_end_anywhere(emulator, cells, dtype):
     assert expected.counts.item() == 2
 
 
-@pytest.mark.parametrize("logits_of", ["random", "all equal", "rising", "falling", "few values", "infinite and NaN"])
+@pytest.mark.parametrize("logits_of", LOGIT_KINDS)
 @pytest.mark.parametrize("topk", [1, 30, 600])
 @pytest.mark.parametrize("layout", ["planes", "rows"])
 def test_more_candidates_than_a_buffer_holds(emulator, layout, topk, logits_of):
     """6,048 of a level in one part: its buffer is thinned out again and again; of equal ones the lower index stays."""
     logits, deltas, anchors = make_case()
-    if logits_of == "all equal":
-        logits = [torch.full_like(level, 0.5) for level in logits]
-    elif logits_of in ("rising", "falling"):
-        step = 1e-3 if logits_of == "rising" else -1e-3
-        logits = [(torch.arange(level.numel()) * step).view(level.shape) for level in logits]
-    elif logits_of == "few values":
-        logits = [level.round() for level in logits]
-    elif logits_of == "infinite and NaN":
-        for value, every in ((float("inf"), 5), (float("-inf"), 7), (float("nan"), 11)):
-            for level in logits:
-                level.view(-1)[::every] = value
+    logits = logits_of_kind(logits_of, logits)
     options = {"score_thresh": 0.01, "topk_per_level": topk, "max_detections": 400}
     check(emulator, logits, deltas, anchors, layout=layout, wanted_parts=1, schedules=SCHEDULES[1:], **options)
 
