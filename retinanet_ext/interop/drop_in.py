@@ -1,0 +1,117 @@
+"""Other people's code on the operators of this library: `patch` a package, `accelerate` a model.
+
+Nothing here imports another library before it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from .patching import Patch
+
+Model = TypeVar("Model", bound=nn.Module)
+
+PEERS = ("torchvision",)  # each with a module of its name beside this one
+
+
+def patch(peer: str, functions: str | Iterable[str] | None = None) -> Patch:
+    """Puts this library's functions in the place of another package's, until `Patch.undo` or the end of a ``with``.
+
+    ::
+
+        retinanet_ext.patch("torchvision")  # from here on
+
+        with retinanet_ext.patch("torchvision", functions=["nms", "batched_nms"]):
+            ...
+
+    A function is replaced wherever the peer's loaded modules name it; it keeps its signature, and what ours cannot
+    compute as the original does goes to the original. ``docs/interop.md`` says what is equal and what differs.
+    Names that other code imported from the peer before the patch keep the original; those imported while a patch
+    holds follow it, and are the original's again afterwards.
+
+    A patch holds for the whole process, all threads of it. Patches may overlap and be undone in any order: a
+    function is ours while any patch that names it holds.
+
+    Args:
+        peer: the package: "torchvision".
+        functions: which of its functions; all if None. torchvision: "nms", "batched_nms", "sigmoid_focal_loss",
+            "box_iou", and "retinanet", the losses and the post-processing of every torchvision RetinaNet.
+
+    Returns:
+        A `Patch`, in force already: a context manager, with ``undo()``.
+
+    Raises:
+        ValueError: an unknown peer, or a function that is not known of it; the message names those that are.
+        ImportError: the peer is not installed.
+        RuntimeError: the installed release of the peer has a function of another signature.
+    """
+    if peer not in PEERS:
+        raise ValueError(f"patch: peer: expected one of {PEERS}, got {peer!r}")
+    known = _replacements(peer)
+    if functions is None:
+        names = tuple(known)
+    else:
+        names = (functions,) if isinstance(functions, str) else tuple(functions)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"patch: functions: expected some of {tuple(known)}, got {unknown or names!r}")
+    return Patch(peer, {name: known[name] for name in names})
+
+
+def accelerate(model: Model) -> Model:
+    """Gives a torchvision RetinaNet this library's losses and post-processing, in place.
+
+    ::
+
+        model = retinanet_ext.accelerate(torchvision.models.detection.retinanet_resnet50_fpn_v2())
+
+    The same losses, gradients and detections (docs/interop.md has the small print), the same parameters, buffers,
+    attributes and state dict; the model's class becomes a subclass of what it was. Its settings are read at every
+    call: ``score_thresh``, ``nms_thresh``, ``detections_per_img``, ``topk_candidates``, the thresholds of
+    ``proposal_matcher``, ``box_coder`` and the box loss of the head. Where a matcher, coder or head is not
+    torchvision's own, that part runs as it is. An accelerated model is returned as it is. `restore` undoes it.
+
+    Args:
+        model: a ``torchvision.models.detection.RetinaNet``, built in whatever way, or of a subclass.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: anything else.
+        ValueError: a subclass with ``forward``, ``compute_loss`` and ``postprocess_detections`` of its own, which
+            leaves nothing to accelerate.
+    """
+    retinanet = sys.modules.get("torchvision.models.detection.retinanet")
+    if retinanet is None or not isinstance(model, retinanet.RetinaNet):
+        raise TypeError(
+            f"accelerate: model: expected a torchvision.models.detection.RetinaNet, got {_type_name(model)}"
+        )
+    from .torchvision_accelerate import accelerate as accelerate_retinanet
+
+    return accelerate_retinanet(model)
+
+
+def restore(model: Model) -> Model:
+    """Gives a model that `accelerate` changed its own class back, in place; any other model is left as it is."""
+    accelerated = sys.modules.get(f"{__package__}.torchvision_accelerate")
+    return model if accelerated is None else accelerated.restore(model)
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _replacements(peer: str):
+    try:
+        importlib.import_module(peer)
+    except ModuleNotFoundError as error:
+        if error.name != peer:
+            raise
+        raise ImportError(f"patch: {peer} is not installed here, so there is nothing to patch", name=peer) from None
+    return importlib.import_module(f"{__package__}.{peer}").REPLACEMENTS

@@ -1,0 +1,174 @@
+"""Putting functions in the place of a package's own, and its own back: counted, whatever the order."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+_lock = threading.RLock()
+_MISSING = object()
+
+
+class Replacement(ABC):
+    """Something of a peer that can be ours for a while: as long as any patch holds it."""
+
+    holders = 0
+
+    @property
+    def held(self) -> bool:
+        return self.holders > 0
+
+    def hold(self) -> None:
+        with _lock:
+            if not self.holders:
+                self._install()
+            self.holders += 1
+
+    def release(self) -> None:
+        with _lock:
+            self.holders -= 1
+            if not self.holders:
+                self._remove()
+
+    @abstractmethod
+    def _install(self) -> None: ...
+
+    @abstractmethod
+    def _remove(self) -> None: ...
+
+
+class FunctionReplacement(Replacement):
+    """A function, wherever the package's loaded modules have it as an attribute.
+
+    `replacement` has the original's signature and calls `original` itself where it is not `held`: code that took
+    it from the package in the meantime may keep it.
+    """
+
+    def __init__(self, package: str, original: Callable, replacement: Callable):
+        self.package = package
+        self.original = original
+        self.signature = inspect.signature(replacement)
+        self.replacement = functools.update_wrapper(replacement, original)
+        # What torch.jit.script compiles in its place, also inside other functions.
+        self.replacement.__prepare_scriptable__ = lambda: original
+        self.replacement.__retinanet_ext_original__ = original
+        self._sites: list[tuple[ModuleType, str]] = []
+
+    def _install(self) -> None:
+        signature = inspect.signature(self.original)
+        if _parameters(signature) != _parameters(self.signature):
+            raise RuntimeError(
+                f"patch: {self.original.__qualname__}: expected {self.signature}, as in the releases of "
+                f"{self.package} that this one was made for; the installed one has {signature}"
+            )
+        self._sites = self._attributes_that_are(self.original)
+        for module, name in self._sites:
+            setattr(module, name, self.replacement)
+
+    def _remove(self) -> None:
+        # Modules that were loaded in the meantime have imported the replacement; what somebody else has put in its
+        # place is not ours to change.
+        for module, name in {*self._sites, *self._attributes_that_are(self.replacement)}:
+            if vars(module).get(name) is self.replacement:
+                setattr(module, name, self.original)
+        self._sites = []
+
+    def _attributes_that_are(self, function: Callable) -> list[tuple[ModuleType, str]]:
+        return [
+            (module, attribute)
+            for name, module in list(sys.modules.items())
+            if (name == self.package or name.startswith(f"{self.package}.")) and isinstance(module, ModuleType)
+            for attribute, value in list(vars(module).items())
+            if value is function
+        ]
+
+
+class MethodsReplacement(Replacement):
+    """Methods of a class, for all its instances."""
+
+    def __init__(self, cls: type, methods: Mapping[str, Callable]):
+        self.cls = cls
+        self.methods = dict(methods)
+        self._originals: dict[str, object] = {}
+
+    def _install(self) -> None:
+        for name, method in self.methods.items():
+            self._originals[name] = vars(self.cls).get(name, _MISSING)
+            setattr(self.cls, name, method)
+
+    def _remove(self) -> None:
+        for name, original in self._originals.items():
+            if vars(self.cls).get(name) is not self.methods[name]:
+                continue  # somebody else's by now
+            if original is _MISSING:
+                delattr(self.cls, name)
+            else:
+                setattr(self.cls, name, original)
+        self._originals = {}
+
+
+def original_of(function: object) -> object:
+    """The function that a replacement stands in for; any other object is its own."""
+    return getattr(function, "__retinanet_ext_original__", function)
+
+
+def _parameters(signature: inspect.Signature) -> list[tuple[str, object, object]]:
+    """Without annotations, which one module writes as types and another as text."""
+    return [(parameter.name, parameter.kind, parameter.default) for parameter in signature.parameters.values()]
+
+
+class Patch:
+    """What `retinanet_ext.patch` returns: in force from its making until `undo`.
+
+    As a context manager it is undone at the end of the block, also by an exception. It serves once: to patch
+    again, call `retinanet_ext.patch` again.
+
+    Attributes:
+        peer: the package.
+        functions: the names that it holds.
+        active: False once undone.
+    """
+
+    def __init__(self, peer: str, replacements: Mapping[str, Replacement]):
+        self.peer = peer
+        self.functions = tuple(replacements)
+        self._held: list[Replacement] = []
+        self._entered = False
+        with _lock:
+            try:
+                for replacement in replacements.values():
+                    replacement.hold()
+                    self._held.append(replacement)
+            except BaseException:
+                self.undo()
+                raise
+
+    @property
+    def active(self) -> bool:
+        return bool(self._held)
+
+    def undo(self) -> None:
+        """Lets go of the functions: the peer has its own back, unless another patch holds them. Again: nothing."""
+        with _lock:
+            held, self._held = self._held, []
+            for replacement in reversed(held):
+                replacement.release()
+
+    def __enter__(self) -> Patch:
+        if self._entered or not self.active:
+            state = "has been entered" if self._entered else "has been undone"
+            raise RuntimeError(f"this patch of {self.peer} {state} already: call retinanet_ext.patch for a new one")
+        self._entered = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "undone"
+        return f"<retinanet_ext patch of {self.peer}: {', '.join(self.functions)} ({state})>"

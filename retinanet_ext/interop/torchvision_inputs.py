@@ -1,0 +1,128 @@
+"""Which inputs of a torchvision RetinaNet our operators and torchvision's code have the same answer for.
+
+Everything else, errors among it, is left to torchvision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .._load import CUDA_MISSING
+from ..reference.focal_loss import compute_dtype
+
+Targets = Sequence[Mapping[str, Tensor]]
+Levels = Sequence[Tensor]  # [B, A * K, H, W] or [B, n, K] each; deltas with 4 in place of K
+
+
+def is_eager(tensor: Tensor | None) -> bool:
+    """A device that our operators run on, and no tracer, which would record other operators than torchvision's."""
+    device = tensor.device.type if isinstance(tensor, Tensor) else None
+    return (
+        (device == "cpu" or (device == "cuda" and CUDA_MISSING is None))
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def check_inputs(images: list[Tensor], targets: Targets | None, training: bool) -> list[tuple[int, int]]:
+    """torchvision's checks, in its words. Returns the images' sizes."""
+    if training:
+        torch._assert(targets is not None, "targets should not be none when in training mode")
+        for target in targets:
+            boxes = target["boxes"]
+            torch._assert(isinstance(boxes, Tensor), "Expected target boxes to be of type Tensor.")
+            torch._assert(
+                len(boxes.shape) == 2 and boxes.shape[-1] == 4, "Expected target boxes to be a tensor of shape [N, 4]."
+            )
+    for image in images:
+        torch._assert(
+            len(image.shape[-2:]) == 2,
+            f"expecting the last two dimensions of the Tensor to be H and W instead got {image.shape[-2:]}",
+        )
+    return [(image.shape[-2], image.shape[-1]) for image in images]
+
+
+def reject_degenerate(targets: Targets) -> None:
+    for index, target in enumerate(targets):
+        boxes = target["boxes"]
+        degenerate = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+        if degenerate.any():
+            first = boxes[torch.where(degenerate)[0][0]].tolist()
+            torch._assert(
+                False,
+                "All bounding boxes should have positive height and width."
+                f" Found invalid box {first} for target at index {index}.",
+            )
+
+
+def have_boxes_and_labels(targets: Targets) -> bool:
+    """Boxes [M, 4] and integer labels [M] that torchvision reads as they are."""
+    for target in targets:
+        boxes, labels = target.get("boxes"), target.get("labels")
+        if not isinstance(boxes, Tensor) or not isinstance(labels, Tensor):
+            return False
+        if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+            return False
+        if labels.dtype not in (torch.int64, torch.int32) or labels.device != boxes.device:
+            return False
+        if torch.is_grad_enabled() and boxes.requires_grad:
+            return False
+    return len(targets) > 0 and len({target["boxes"].device for target in targets}) == 1
+
+
+def values_fit(targets: Targets, num_classes: int) -> bool:
+    """No box without area, no label that torchvision wraps around or refuses. Waits for the device once."""
+    boxes = torch.cat([target["boxes"] for target in targets])
+    labels = torch.cat([target["labels"] for target in targets])
+    boxes_fit = (boxes[:, 2:] > boxes[:, :2]).all() & boxes.isfinite().all()
+    return bool(boxes_fit & ((labels >= 0) & (labels < num_classes)).all())
+
+
+def layouts_fit(targets: Targets, logits: Levels, deltas: Levels, anchors: list[Tensor]) -> bool:
+    """Targets for each image, in the type that we and torchvision compute in."""
+    wide = compute_dtype(deltas[0].dtype)
+    return (
+        len(targets) == len(anchors)
+        and have_boxes_and_labels(targets)
+        and all(target["boxes"].dtype == wide and target["boxes"].device == deltas[0].device for target in targets)
+        and compute_dtype(logits[0].dtype) == wide
+        and anchors_fit(deltas, anchors)
+    )
+
+
+def anchors_fit(deltas: Levels, anchors: list[Tensor]) -> bool:
+    """[N, 4] for each image of the batch, in no other precision than the deltas."""
+    first = anchors[0]
+    return len(anchors) == len(deltas[0]) and all(
+        image.shape == first.shape
+        and compute_dtype(image.dtype) == compute_dtype(deltas[0].dtype)
+        and not (torch.is_grad_enabled() and image.requires_grad)
+        for image in anchors
+    )
+
+
+def sizes_fit(logits: Levels, deltas: Levels, anchors: list[Tensor], num_classes: int) -> bool:
+    """As many classes as the head says, and an anchor for each prediction."""
+    if num_classes < 1 or not anchors_fit(deltas, anchors):
+        return False
+    rows = len(anchors[0])
+    return [sum(level[0].numel() for level in levels) for levels in (logits, deltas)] == [rows * num_classes, rows * 4]
+
+
+def rows_fit(logits: Levels, deltas: Levels, anchors: list[list[Tensor]]) -> bool:
+    """Logits [B, n, K], deltas [B, n, 4] and anchors [n, 4] of the same levels and images, K > 0."""
+    if not anchors or not logits or not len(logits) == len(deltas) == len(anchors[0]):
+        return False
+    batch, num_classes = len(anchors), logits[0].shape[-1]
+    for index, (level_logits, level_deltas) in enumerate(zip(logits, deltas, strict=True)):
+        rows = level_logits.shape[1] if level_logits.dim() == 3 else -1
+        if level_logits.shape != (batch, rows, num_classes) or level_deltas.shape != (batch, rows, 4):
+            return False
+        if any(len(image) != len(logits) or image[index].shape != (rows, 4) for image in anchors):
+            return False
+    return num_classes > 0 and anchors_fit(deltas, [image[0] for image in anchors])
