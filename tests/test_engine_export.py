@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -184,7 +185,12 @@ def test_the_command_says_how_its_file_is_used(weights, model, tmp_path, capsys)
         ({"device": "tpu"}, "--device: expected auto, cpu or cuda"),
         (
             {"format": "torchvision", "output": "out.pth", "size": "64", "dynamic-size": ""},
-            "--size, --dynamic-size: of a program, and the format torchvision holds weights alone",
+            "--size, --dynamic-size: not for the format torchvision: leave it out",
+        ),
+        ({"format": "onnx", "output": "out.onnx", "device": "cpu"}, "--device: not for the format onnx: leave it out"),
+        (
+            {"format": "onnx-heads", "output": "out.onnx", "min-score": "0.1"},
+            "--min-score: not for the format onnx-heads: leave it out",
         ),
     ],
 )
@@ -207,6 +213,17 @@ def test_a_folder_that_must_not_be_written(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(SettingError, match=r"output: .* no permission to write in"):
         export(weights, "pt2", tmp_path / "out.pt2")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_named_with_its_command(weights, tmp_path, monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, "onnx", ModuleType("onnx"))
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["export", str(weights), "--format", "onnx", "--output", str(tmp_path / "out.onnx")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"retinanet-ext export: error: --format: {package} is needed here")
+    assert 'pip install "retinanet_ext[export]"' in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_export_leaves_nothing(weights, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from retinanet_ext.models import RetinaNet
 from .checkpoint import load_model
 from .config import resolve_device
 from .export_modules import SIZE_DIVISIBLE
+from .export_onnx import check_onnx, write_onnx, write_onnx_heads
 from .export_programs import write_pt2, write_torchvision
 from .export_report import Exported, ExportOptions, make_metadata
 from .settings import SettingError, check_count, check_probability
@@ -20,15 +21,30 @@ from .settings import SettingError, check_count, check_probability
 
 @dataclass(frozen=True)
 class Format:
-    """`suffixes`: how its files are named, which loaders look at; `write(model, options, metadata, output)`."""
+    """A format of exports.
+
+    Attributes:
+        suffixes: how its files are named; loaders look at that.
+        write: called as ``write(model, options, metadata, output)``.
+        check: raises SettingError where the format needs what is not here.
+        without: settings that mean nothing to it.
+    """
 
     suffixes: tuple[str, ...]
     write: Callable[[RetinaNet, ExportOptions, str, Path], Exported]
+    check: Callable[[], None] = lambda: None
+    without: tuple[str, ...] = ()
 
 
 FORMATS = {
     "pt2": Format((".pt2",), write_pt2),
-    "torchvision": Format((".pth", ".pt"), write_torchvision),
+    "onnx": Format((".onnx",), write_onnx, check_onnx, ("device",)),
+    "onnx-heads": Format((".onnx",), write_onnx_heads, check_onnx, ("device", "min_score")),
+    "torchvision": Format(
+        (".pth", ".pt"),
+        write_torchvision,
+        without=("size", "dynamic_size", "batch_size", "min_score", "device"),
+    ),
 }
 
 
@@ -41,7 +57,7 @@ def export(
     dynamic_size: bool = False,
     batch_size: int | None = None,
     min_score: float | None = None,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> Exported:
     """Write the model of a checkpoint in another format.
 
@@ -54,22 +70,28 @@ def export(
         dynamic_size: take any height and width that are multiples of 32 and at least 160.
         batch_size: images a call; any number by default.
         min_score: detections have a score above this; the model's own threshold by default.
-        device: where a `pt2` or `aoti` program runs.
+        device: where a `pt2` program runs, "auto", "cpu" or "cuda:0"; the CPU by default.
 
     Raises:
         SettingError: a wrong argument, or one whose format needs what is not here. Nothing was written.
         FileNotFoundError, CheckpointError: no such weights, or weights that cannot be read.
     """
     output = check_output(format, output)
-    if format == "torchvision":
-        given = {"size": size, "dynamic_size": dynamic_size, "batch_size": batch_size, "min_score": min_score}
-        if named := [name for name, value in given.items() if value not in (None, False)]:
-            raise SettingError(named, "of a program, and the format torchvision holds weights alone: leave it out")
+    given = {
+        "size": size,
+        "dynamic_size": dynamic_size or None,
+        "batch_size": batch_size,
+        "min_score": min_score,
+        "device": device,
+    }
+    if unused := [name for name in FORMATS[format].without if given[name] is not None]:
+        raise SettingError(unused, f"not for the format {format}: leave it out")
     if min_score is not None:
         check_probability("min_score", min_score, "a score")
     changes = {} if min_score is None else {"score_thresh": min_score}
     check_inputs(size, dynamic_size, batch_size)
-    target = resolve_device(device)
+    target = resolve_device(device or "cpu")
+    FORMATS[format].check()
     model, class_names, checkpoint = load_model(weights, **changes)
     config = {**checkpoint["model_config"], **changes}
     options = ExportOptions(None if dynamic_size else image_size(size, model), batch_size, target)

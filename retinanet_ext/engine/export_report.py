@@ -48,11 +48,16 @@ class ExportOptions:
         return f"images [{self.batch}, 3, {height}, {width}], float32, RGB in 0..1, {limits}"
 
     @property
+    def example_shape(self) -> tuple[int, int, int, int]:
+        """Of a batch of images that the export takes."""
+        height, width = (LEAST_DYNAMIC_SIDE, 2 * LEAST_DYNAMIC_SIDE) if self.size is None else self.size
+        return self.batch_size or 1, 3, height, width
+
+    @property
     def example(self) -> str:
         """Python for a batch of images."""
-        height, width = (LEAST_DYNAMIC_SIDE, 2 * LEAST_DYNAMIC_SIDE) if self.size is None else self.size
         device = "" if self.device.type == "cpu" else f', device="{self.device}"'
-        return f"torch.rand({self.batch_size or 1}, 3, {height}, {width}{device})"
+        return f"torch.rand({', '.join(map(str, self.example_shape))}{device})"
 
 
 @dataclass(frozen=True)
