@@ -277,6 +277,7 @@ def _add_export(commands) -> None:
         "  retinanet-ext export best.pt --format torchvision --output weights.pth\n"
         "formats:\n"
         "  pt2          torch.export of the whole detector; torch.export.load reads it beside this library\n"
+        "  aoti         the same, compiled by AOTInductor for this kind of machine; needs a C++ compiler\n"
         "  onnx         the whole detector in standard operators, for onnxruntime and others\n"
         "  onnx-heads   the network alone: class logits, box deltas and anchors\n"
         "  torchvision  the weights alone, for torchvision's RetinaNet",
@@ -307,7 +308,7 @@ def _add_export(commands) -> None:
         metavar="S",
         help="give detections above this score (default: the model's threshold, 0.05 after training)",
     )
-    command.add_argument("--device", help="where a pt2 program is to run: auto, cpu or cuda[:N] (default: cpu)")
+    command.add_argument("--device", help="where a pt2 or aoti program is to run: auto, cpu or cuda[:N] (default: cpu)")
 
 
 def _add_demo(commands) -> None:

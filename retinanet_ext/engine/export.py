@@ -14,7 +14,7 @@ from .checkpoint import load_model
 from .config import resolve_device
 from .export_modules import SIZE_DIVISIBLE
 from .export_onnx import check_onnx, write_onnx, write_onnx_heads
-from .export_programs import write_pt2, write_torchvision
+from .export_programs import check_compiler, write_aoti, write_pt2, write_torchvision
 from .export_report import Exported, ExportOptions, make_metadata
 from .settings import SettingError, check_count, check_probability
 
@@ -38,6 +38,8 @@ class Format:
 
 FORMATS = {
     "pt2": Format((".pt2",), write_pt2),
+    # Compiled code does not notice a side that is no multiple of 32: its sizes are fixed.
+    "aoti": Format((".pt2",), write_aoti, check_compiler, ("dynamic_size",)),
     "onnx": Format((".onnx",), write_onnx, check_onnx, ("device",)),
     "onnx-heads": Format((".onnx",), write_onnx_heads, check_onnx, ("device", "min_score")),
     "torchvision": Format(
@@ -70,7 +72,7 @@ def export(
         dynamic_size: take any height and width that are multiples of 32 and at least 160.
         batch_size: images a call; any number by default.
         min_score: detections have a score above this; the model's own threshold by default.
-        device: where a `pt2` program runs, "auto", "cpu" or "cuda:0"; the CPU by default.
+        device: where a `pt2` or `aoti` program runs, "auto", "cpu" or "cuda:0"; the CPU by default.
 
     Raises:
         SettingError: a wrong argument, or one whose format needs what is not here. Nothing was written.
