@@ -69,6 +69,7 @@ class ExportedNetwork(nn.Module):
         super().__init__()
         self.backbone = model.backbone
         self.head = model.head
+        self.any_size = size is None
         self.make_anchors = _GridAnchors(model) if size is None else _FixedAnchors(model, size)
         transform = model.transform
         self.register_buffer("mean", torch.tensor(transform.image_mean).view(1, 3, 1, 1))
@@ -76,6 +77,8 @@ class ExportedNetwork(nn.Module):
 
     def levels(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Class logits ``[B, A * K, H_l, W_l]``, deltas ``[B, 4 * A, H_l, W_l]``, and anchors ``[N, 4]``."""
+        if self.any_size:
+            images = _in_squares(images)
         features = self.backbone((images - self.mean) / self.std)
         return *self.head(features), self.make_anchors(images, features)
 
@@ -121,6 +124,13 @@ class ExportedHeads(ExportedNetwork):
         logits = [_rows(level, self.num_classes) for level in cls_logits]
         deltas = [_rows(level, 4) for level in box_deltas]
         return *logits, *deltas, anchors
+
+
+def _in_squares(images: Tensor) -> Tensor:
+    """The images as they are, or an error where a side is no multiple of 32, which not every torch notices by itself."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // SIZE_DIVISIBLE, width // SIZE_DIVISIBLE
+    return images.view(batch, channels, rows, SIZE_DIVISIBLE, columns, SIZE_DIVISIBLE).view(images.shape)
 
 
 def _rows(level: Tensor, channels: int) -> Tensor:
