@@ -127,7 +127,7 @@ class ExportedHeads(ExportedNetwork):
 
 
 def _in_squares(images: Tensor) -> Tensor:
-    """The images as they are, or an error where a side is no multiple of 32, which not every torch notices by itself."""
+    """The images as they are, or an error where a side is no multiple of 32, which not every torch notices itself."""
     batch, channels, height, width = images.shape
     rows, columns = height // SIZE_DIVISIBLE, width // SIZE_DIVISIBLE
     return images.view(batch, channels, rows, SIZE_DIVISIBLE, columns, SIZE_DIVISIBLE).view(images.shape)
