@@ -118,6 +118,24 @@ def test_compiles_as_one_graph_and_exports():
     assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments[:3], SIZES), expected, strict=True))
 
 
+def test_exports_with_any_batch():
+    class Detect(torch.nn.Module):
+        def forward(self, logits, deltas, anchors, sizes):
+            return tuple(detect(logits, deltas, anchors, sizes, max_detections=20))
+
+    logits, deltas, anchors = make_case()
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    dynamic_shapes = ([batch] * 5, [batch] * 5, None, batch)
+    arguments = (logits, deltas, anchors, torch.tensor(SIZES))
+    program = torch.export.export(Detect(), arguments, dynamic_shapes=dynamic_shapes).module()
+    for count in (1, 3):
+        logits, deltas, anchors = make_case(seed=count, batch=count)
+        sizes = torch.tensor([(64, 80)] * count)
+        expected = detect(logits, deltas, anchors, sizes, max_detections=20)
+        found = program(logits, deltas, anchors, sizes)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
