@@ -1,4 +1,4 @@
-"""The command `retinanet-ext`: train, val, predict, demo, env.
+"""The command `retinanet-ext`: train, val, predict, export, demo, env.
 
 Exit status: 0 done; 1 the command failed, with the reason on standard error; 2 arguments that are missing,
 contradict each other or have a wrong value, before anything is written; 130 interrupted. The extras of training
@@ -84,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_val(commands)
     _add_predict(commands)
+    _add_export(commands)
     _add_demo(commands)
     _add_env(commands)
     return parser
@@ -263,6 +264,51 @@ def _add_predict(commands) -> None:
         "--run-dir", metavar="DIR", help="where results go (default: runs/predict, runs/predict2, ...)"
     )
     _add_machine(command, workers=False)
+
+
+def _add_export(commands) -> None:
+    command = _command(
+        commands,
+        "export",
+        "write a trained model for other programs",
+        "  retinanet-ext export runs/train --format pt2 --output detector.pt2 --size 640\n"
+        "  retinanet-ext export best.pt --format pt2 --output any_size.pt2 --dynamic-size --batch-size 1\n"
+        "  retinanet-ext export best.pt --format onnx --output detector.onnx --size 480 640\n"
+        "  retinanet-ext export best.pt --format torchvision --output weights.pth\n"
+        "formats:\n"
+        "  pt2          torch.export of the whole detector; torch.export.load reads it beside this library\n"
+        "  aoti         the same, compiled by AOTInductor for this kind of machine; needs a C++ compiler\n"
+        "  onnx         the whole detector in standard operators, for onnxruntime and others\n"
+        "  onnx-heads   the network alone: class logits, box deltas and anchors\n"
+        "  torchvision  the weights alone, for torchvision's RetinaNet",
+        "Write a trained model for other programs. A program takes a batch of images, float32 in 0..1, that have "
+        "its size already, a multiple of 32, and gives boxes, scores, labels and counts; see docs/export.md.",
+    )
+    command.add_argument("weights", help="a checkpoint of `retinanet-ext train`, or its run folder: the best weights")
+    # Formats are checked by the export itself, which knows them; here they would load torch for --help.
+    command.add_argument("--format", required=True, metavar="FORMAT", help="one of those below")
+    command.add_argument("--output", required=True, metavar="FILE", help="the file to write; it must not exist")
+    command.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        metavar="PX",
+        help="height and width of the images, or one side of squares, multiples of 32 (default: the model's "
+        "min_size and max_size, rounded up)",
+    )
+    command.add_argument(
+        "--dynamic-size",
+        action="store_true",
+        help="take any height and width that are multiples of 32 and at least 160",
+    )
+    command.add_argument("--batch-size", type=int, metavar="N", help="images a call (default: any number)")
+    command.add_argument(
+        "--min-score",
+        type=float,
+        metavar="S",
+        help="give detections above this score (default: the model's threshold, 0.05 after training)",
+    )
+    command.add_argument("--device", help="where a pt2 or aoti program is to run: auto, cpu or cuda[:N] (default: cpu)")
 
 
 def _add_demo(commands) -> None:

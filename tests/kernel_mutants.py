@@ -33,7 +33,7 @@ SHIFTS = {
 }
 EQUAL_AT_THE_BOUND = ("<=", "<", ">=", ">")  # the first two of their kind differ only where both sides are equal
 VOTES = ("__syncthreads_or", "__syncthreads_and", "__syncthreads_count")
-FLOATING_TYPES = {"float", "double", "half", "T", "compute_t"}
+FLOATING_TYPES = {"float", "double", "T", "compute_t"}
 STOPS = {";", ",", "{", "}", "=", "+=", "-=", "*=", "/=", "&&", "||", "?", ":", "&", "|", "^", "return"}
 OPENING, CLOSING = {"(": ")", "[": "]", "{": "}"}, {")", "]", "}"}
 

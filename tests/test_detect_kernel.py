@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from logit_kinds import LOGIT_KINDS, logits_of_kind
 
 from retinanet_ext import reference
 
@@ -136,23 +137,13 @@ def test_parts_and_tiles_that_end_anywhere(emulator, cells, dtype):
     assert expected.counts.item() == 2
 
 
-@pytest.mark.parametrize("logits_of", ["random", "all equal", "rising", "falling", "few values", "infinite and NaN"])
+@pytest.mark.parametrize("logits_of", LOGIT_KINDS)
 @pytest.mark.parametrize("topk", [1, 30, 600])
 @pytest.mark.parametrize("layout", ["planes", "rows"])
 def test_more_candidates_than_a_buffer_holds(emulator, layout, topk, logits_of):
     """6,048 of a level in one part: its buffer is thinned out again and again; of equal ones the lower index stays."""
     logits, deltas, anchors = make_case()
-    if logits_of == "all equal":
-        logits = [torch.full_like(level, 0.5) for level in logits]
-    elif logits_of in ("rising", "falling"):
-        step = 1e-3 if logits_of == "rising" else -1e-3
-        logits = [(torch.arange(level.numel()) * step).view(level.shape) for level in logits]
-    elif logits_of == "few values":
-        logits = [level.round() for level in logits]
-    elif logits_of == "infinite and NaN":
-        for value, every in ((float("inf"), 5), (float("-inf"), 7), (float("nan"), 11)):
-            for level in logits:
-                level.view(-1)[::every] = value
+    logits = logits_of_kind(logits_of, logits)
     options = {"score_thresh": 0.01, "topk_per_level": topk, "max_detections": 400}
     check(emulator, logits, deltas, anchors, layout=layout, wanted_parts=1, schedules=SCHEDULES[1:], **options)
 
@@ -164,6 +155,35 @@ def test_lists_longer_than_a_chunk_of_the_sort(emulator, dtype):
     for topk in (emulator.sort_chunk, emulator.sort_chunk + 1, 5000, 10**9):
         options = {"score_thresh": -1.0, "topk_per_level": topk, "max_detections": 50}
         check(emulator, *case, schedules=SCHEDULES[2:], **options)
+
+
+@pytest.mark.parametrize(("spread", "score_thresh"), [(4.0, 0.999), (1.0, 0.6), (0.0, 0.0)])
+@pytest.mark.parametrize("topk", [300, 3000])
+def test_more_parts_than_a_block_selects_from(emulator, topk, spread, score_thresh):
+    """66 parts of 2,048 in the larger level, two groups of them, and one in the smaller; few candidates, many, and all
+    of equal logits. Their best are selected group by group first."""
+    generator = torch.Generator().manual_seed(topk)
+    shapes = ((64, 3, 700), (64, 1, 9))  # a cell's anchors, of one class
+    sizes = [channels * height * width for channels, height, width in shapes]
+    plan = emulator.plan(sizes, 1, topk, 16, 2048, 1000)
+    assert [level["groups"] for level in plan["levels"]] == [2, 1]
+    logits = [torch.randn(1, *shape, generator=generator).double() * spread for shape in shapes]
+    deltas = [torch.randn(1, 4 * shape[0], *shape[1:], generator=generator) * 0.1 for shape in shapes]
+    anchors = torch.tensor([0.0, 0.0, 10.0, 10.0]) + 20 * torch.arange(sum(sizes))[:, None]
+    options = {"topk_per_level": topk, "max_detections": 300, "classes": 1, "wanted_parts": 1000}
+    options["score_thresh"] = score_thresh
+    check(emulator, logits, deltas, anchors, [(1e7, 1e7)], schedules=SCHEDULES[2:], **options)
+
+
+def test_groups_of_several_images(emulator):
+    """Two images of one level, each of 65 parts: groups lie image by image."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(2, 64, 1, 2050, generator=generator).double() * 3 - 9]
+    deltas = [torch.zeros(2, 256, 1, 2050)]
+    anchors = torch.tensor([0.0, 0.0, 10.0, 10.0]) + 20 * torch.arange(64 * 2050)[:, None]
+    options = {"topk_per_level": 100, "classes": 1, "wanted_parts": 1000}
+    expected = check(emulator, logits, deltas, anchors, [(1e7, 1e7)] * 2, schedules=SCHEDULES[1:2], **options)
+    assert expected.counts.tolist() == [100, 100]
 
 
 @pytest.mark.parametrize("score_thresh", [-1.0, 0.0, 1e-30, 0.05, 0.5, 0.999999, 1.0, 2.0, float("nan")])
@@ -251,3 +271,6 @@ def test_workspace_follows_the_candidates(emulator, key_bytes, topk, classes, ba
             assert (level["parts"] - 1) * plan["part"] < size <= level["parts"] * plan["part"]
         if level["capacity"] < min(plan["part"], size):
             assert level["capacity"] >= topk + emulator.fewest_freed
+        assert level["groups"] == (0 if plan["groups"] == 0 else -(-level["parts"] // emulator.select_lists))
+    left = max(min(topk, max(sizes)), emulator.select_room)
+    assert plan["group_slots"] <= (plan["parts"] // emulator.select_lists + batch * len(sizes)) * left

@@ -154,6 +154,11 @@ def test_a_comparison_in_another_layout_is_not_mistaken_for_a_template(tools, la
     assert len(tools[0].find_mutants(FILE, source)[0]) == 2
 
 
+def test_a_product_is_not_mistaken_for_a_pointer_to_a_floating_type(tools):
+    source = "__device__ bool f(int half, int lanes, int i) { g(half * lanes); return i < lanes; }"
+    assert len(tools[0].find_mutants(FILE, source)[0]) == 2
+
+
 def test_unbalanced_text_is_refused(tools):
     with pytest.raises(ValueError, match=r"sample_kernel.cuh:2: '\)' closes nothing"):
         tools[0].find_mutants(FILE, "void f() {\n)\n}")

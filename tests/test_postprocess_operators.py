@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from logit_kinds import LOGIT_KINDS, logits_of_kind
 
 from retinanet_ext import detect, reference
 from retinanet_ext.models.anchors import AnchorGenerator
@@ -42,22 +43,12 @@ def test_types_and_layouts(dtype, layout):
     assert_same(detect(logits, deltas, anchors, SIZES, topk_per_level=50), expected)
 
 
-@pytest.mark.parametrize("logits_of", ["random", "all equal", "rising", "falling", "few values", "infinite and NaN"])
+@pytest.mark.parametrize("logits_of", LOGIT_KINDS)
 @pytest.mark.parametrize("topk", [1, 30, 600, 1500, 10**9])
 def test_more_candidates_than_are_wanted(logits_of, topk):
     """The finest level has 6,048 of them, a thread thins them out as it goes; of equal ones the lower index stays."""
     logits, deltas, anchors = make_case()
-    if logits_of == "all equal":
-        logits = [torch.full_like(level, 0.5) for level in logits]
-    elif logits_of in ("rising", "falling"):
-        step = 1e-3 if logits_of == "rising" else -1e-3
-        logits = [(torch.arange(level.numel()) * step).view(level.shape) for level in logits]
-    elif logits_of == "few values":
-        logits = [level.round() for level in logits]
-    elif logits_of == "infinite and NaN":
-        for value, every in ((float("inf"), 5), (float("-inf"), 7), (float("nan"), 11)):
-            for level in logits:
-                level.view(-1)[::every] = value
+    logits = logits_of_kind(logits_of, logits)
     options = {"score_thresh": 0.01, "topk_per_level": topk, "max_detections": 400}
     assert_same(
         detect(logits, deltas, anchors, SIZES, **options), reference.detect(logits, deltas, anchors, SIZES, **options)
@@ -125,6 +116,24 @@ def test_compiles_as_one_graph_and_exports():
     for module in (compiled, exported):
         assert all(torch.equal(a, b) for a, b in zip(module(*arguments), expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments[:3], SIZES), expected, strict=True))
+
+
+def test_exports_with_any_batch():
+    class Detect(torch.nn.Module):
+        def forward(self, logits, deltas, anchors, sizes):
+            return tuple(detect(logits, deltas, anchors, sizes, max_detections=20))
+
+    logits, deltas, anchors = make_case()
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    dynamic_shapes = ([batch] * 5, [batch] * 5, None, batch)
+    arguments = (logits, deltas, anchors, torch.tensor(SIZES))
+    program = torch.export.export(Detect(), arguments, dynamic_shapes=dynamic_shapes).module()
+    for count in (1, 3):
+        logits, deltas, anchors = make_case(seed=count, batch=count)
+        sizes = torch.tensor([(64, 80)] * count)
+        expected = detect(logits, deltas, anchors, sizes, max_detections=20)
+        found = program(logits, deltas, anchors, sizes)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

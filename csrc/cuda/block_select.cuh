@@ -11,11 +11,11 @@ namespace retinanet_ext {
 constexpr int kDigitBits = 8;
 constexpr int kDigitValues = 1 << kDigitBits;
 
-// A number with exactly `count` keys at or below it, of the keys that for_each brings: for_each(f) calls f(key) for those
-// that fall to this thread. There must be at least `count` of them, and `count` at least 1. All threads of the block
-// call it together; kBits: that a key has.
+// A number with at least `count` and at most `room` keys at or below it, of the keys that for_each brings: for_each(f)
+// calls f(key) for those that fall to this thread. There must be at least `count` of them, and `count` at least 1. The more
+// room, the fewer digits are looked at. All threads of the block call it together; kBits: that a key has.
 template <int kThreads, int kBits, typename Key, typename ForEach>
-__device__ Key bound_of_smallest(int64_t count, const ForEach& for_each) {
+__device__ Key bound_of_smallest(int64_t count, int64_t room, const ForEach& for_each) {
   RNX_SHARED(uint32_t, histogram, kDigitValues);
   RNX_SHARED(uint32_t, found, 3);  // the digit, keys below it, keys that have it
   constexpr int kLaneValues = kDigitValues / kWarpLanes;
@@ -47,7 +47,8 @@ __device__ Key bound_of_smallest(int64_t count, const ForEach& for_each) {
     __syncthreads();  // the digit is found
     prefix |= static_cast<Key>(found[0]) << shift;
     needed -= found[1];
-    if (found[2] == needed || shift == 0) return prefix | ((static_cast<Key>(1) << shift) - 1);
+    // All below the digit, and all that have it.
+    if (count - needed + found[2] <= room) return prefix | ((static_cast<Key>(1) << shift) - 1);
   }
 }
 

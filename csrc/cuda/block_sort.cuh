@@ -61,7 +61,7 @@ __device__ __forceinline__ int64_t merged_position(const Key* keys, int64_t coun
 }
 
 // Sorts any number of keys in global memory, by one block, with as many keys of `scratch` and a chunk of shared memory.
-// The caller has a barrier before it; afterwards all threads may read.
+// The caller has a barrier before it, and one after it where threads then read what others have written.
 template <typename Key>
 __device__ void sort_keys(Key* keys, Key* scratch, int64_t count, Key* chunk) {
   for (int64_t first = 0; first < count; first += kSortChunk) {
@@ -83,7 +83,6 @@ __device__ void sort_keys(Key* keys, Key* scratch, int64_t count, Key* chunk) {
   }
   if (!swapped) return;
   for (int64_t i = threadIdx.x; i < count; i += kSortThreads) keys[i] = scratch[i];
-  __syncthreads();  // all are back
 }
 
 }  // namespace retinanet_ext

@@ -12,44 +12,24 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // The lowest bit that is set; bits must not be 0.
 __device__ __forceinline__ int first_bit(unsigned bits) {
-#if defined(__CUDA_ARCH__)
   return __ffs(static_cast<int>(bits)) - 1;
-#else
-  return __builtin_ctz(bits);
-#endif
 }
 
 __device__ __forceinline__ int first_bit(unsigned long long bits) {
-#if defined(__CUDA_ARCH__)
   return __ffsll(static_cast<long long>(bits)) - 1;
-#else
-  return __builtin_ctzll(bits);
-#endif
 }
 
 __device__ __forceinline__ int count_bits(unsigned bits) {
-#if defined(__CUDA_ARCH__)
   return __popc(bits);
-#else
-  return __builtin_popcount(bits);
-#endif
 }
 
 __device__ __forceinline__ int count_bits(unsigned long long bits) {
-#if defined(__CUDA_ARCH__)
   return __popcll(bits);
-#else
-  return __builtin_popcountll(bits);
-#endif
 }
 
 // The highest one.
 __device__ __forceinline__ int last_bit(unsigned bits) {
-#if defined(__CUDA_ARCH__)
   return kWarpLanes - 1 - __clz(static_cast<int>(bits));
-#else
-  return kWarpLanes - 1 - __builtin_clz(bits);
-#endif
 }
 
 template <typename T>

@@ -105,7 +105,9 @@ Tensor keep_rows(const CudaScope& scope, const NmsArgs& args) {
   int64_t kept = 0;
   STD_CUDA_CHECK(cudaMemcpyAsync(&kept, counts.const_data_ptr(), sizeof(kept), cudaMemcpyDeviceToHost, scope.stream()));
   STD_CUDA_CHECK(cudaStreamSynchronize(scope.stream()));
-  return torch::stable::narrow(keep, 0, 0, kept);
+  const Tensor rows = torch::stable::narrow(keep, 0, 0, kept);
+  // A few rows do not keep the memory of all.
+  return 2 * kept < total ? torch::stable::clone(rows) : rows;
 }
 
 Tensor nms_cuda(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& labels, double iou_threshold) {

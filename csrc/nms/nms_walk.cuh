@@ -2,7 +2,8 @@
 //
 // Tile     64 candidates. Each warp has four of them, and its lanes go through the boxes that are kept already, labels
 //          before coordinates; then through the candidates of the tile before it, which leaves a mask of those that would
-//          suppress it. One warp settles the tile by the masks: a step for each kept candidate that suppresses another.
+//          suppress it. One warp settles the tile by the masks, in rounds: all whose suppressors are settled at once, which
+//          is a round or two for most tiles and 32 for a chain of 64.
 // Barriers Three a tile.
 // Bound    Latency: a tile costs about as much as its three barriers, a look at the kept boxes of an L1 access for each 32
 //          of them, and the settling. The next tile's boxes are on their way meanwhile.
@@ -95,7 +96,7 @@ __device__ int64_t walk_ranked(const RankedBoxes<T, Label>& ranked, const KeptLi
       const bool dead = __ballot_sync(kWholeWarp, hit[row]) != 0;
       unsigned long long mask = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2 && !dead; ++half) {
         const int other = half * kWarpLanes + lane;
         const bool would = other < first_row + row && labels[other] == own_label[row] &&
                            suppresses(boxes[other], box_area(boxes[other]), own[row], box_area(own[row]), threshold);
@@ -115,13 +116,18 @@ __device__ int64_t walk_ranked(const RankedBoxes<T, Label>& ranked, const KeptLi
         const unsigned long long bits = __ballot_sync(kWholeWarp, of_high);
         return bits << kWarpLanes | __ballot_sync(kWholeWarp, of_low);
       };
-      unsigned long long alive = both(lane < size && suppressed[lane] == 0,
-                                      lane + kWarpLanes < size && suppressed[lane + kWarpLanes] == 0);
-      // In order; a candidate is settled once those before it are.
-      for (unsigned long long pending = alive; pending != 0;) {
-        const int row = first_bit(pending);
-        alive &= ~both((low >> row & 1u) != 0, (high >> row & 1u) != 0);
-        pending &= alive & (pending - 1);
+      const auto is_in = [&](unsigned long long bits, int row) { return (bits >> row & 1u) != 0; };
+      unsigned long long open = both(lane < size && suppressed[lane] == 0,
+                                     lane + kWarpLanes < size && suppressed[lane + kWarpLanes] == 0);
+      unsigned long long alive = 0;
+      while (open != 0) {
+        // No open candidate would suppress these: they stay, the first of the open ones among them. Those whom they
+        // suppress go.
+        const unsigned long long fresh = both(is_in(open, lane) && (low & open) == 0,
+                                              is_in(open, lane + kWarpLanes) && (high & open) == 0);
+        alive |= fresh;
+        open &= ~fresh;
+        open &= ~both((low & fresh) != 0, (high & fresh) != 0);
       }
       if (lane == 0) settled[0] = alive;
     }

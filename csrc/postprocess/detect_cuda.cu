@@ -19,36 +19,35 @@ constexpr const char* kOp = "detect";
 // For each multiprocessor: as many as make the last ones' share of the time small.
 constexpr int64_t kPartsPerMultiprocessor = 4 * kFilterBlocks;
 
-// The candidates of all images, level by level: each level's best, sorted. L: of logits.
+// The candidates of all images, level by level: each level's best, sorted.
 struct Selected {
   Tensor keys;    // [B, room]
   Tensor counts;  // [B, levels]
 };
 
+// What the filter leaves: a list of candidates a part.
+struct Filtered {
+  Tensor candidates;
+  Tensor counts;
+};
+
 template <typename S>
-Selected select_candidates(const CudaScope& scope, const DetectArgs& args, const DetectPlan& plan) {
+Filtered filter_logits(const CudaScope& scope, const DetectArgs& args, const DetectPlan& plan) {
   using T = compute_t<S>;
   using Key = rank_key_t<T>;
-  const int levels = static_cast<int>(args.logits.size());
-  Tensor candidates = workspace<Key>(args.anchors, plan.slots);
-  Tensor counts = workspace<uint32_t>(args.anchors, plan.parts);
-  Selected selected{workspace<Key>(args.anchors, args.batch * plan.room),
-                    torch::stable::new_empty(args.anchors, {args.batch, levels}, ScalarType::Int)};
-
-  FilterArgs<T> filter = {};
-  SelectArgs<T> select = {};
-  filter.num_levels = select.num_levels = levels;
-  filter.part = plan.part;
-  filter.smallest = smallest_logit_above<T>(args.score_thresh);
-  filter.classes = static_cast<uint32_t>(args.num_classes);
-  filter.topk = args.topk_per_level;
-  filter.candidates = data_of<Key>(candidates);
-  filter.counts = data_of<uint32_t>(counts);
-  bool sorts_in_memory = false;
-  for (int i = 0; i < levels; ++i) {
+  Filtered found{workspace<Key>(args.anchors, plan.slots), workspace<uint32_t>(args.anchors, plan.parts)};
+  FilterArgs<T> kernel = {};
+  kernel.num_levels = static_cast<int>(args.logits.size());
+  kernel.part = plan.part;
+  kernel.smallest = smallest_logit_above<T>(args.score_thresh);
+  kernel.classes = static_cast<uint32_t>(args.num_classes);
+  kernel.topk = args.topk_per_level;
+  kernel.candidates = data_of<Key>(found.candidates);
+  kernel.counts = data_of<uint32_t>(found.counts);
+  for (size_t i = 0; i < args.logits.size(); ++i) {
     const LogitLevel& level = args.logits[i];
     const LevelPlan& layout = plan.levels[i];
-    filter.levels[i] = {level.logits.const_data_ptr(),
+    kernel.levels[i] = {level.logits.const_data_ptr(),
                         level.image_stride,
                         level.rows() * args.num_classes,
                         static_cast<uint32_t>(level.first_anchor * args.num_classes),
@@ -59,23 +58,81 @@ Selected select_candidates(const CudaScope& scope, const DetectArgs& args, const
                         static_cast<int>(layout.first_part),
                         layout.capacity,
                         layout.first_slot};
-    select.levels[i] = {static_cast<int>(layout.parts), static_cast<int>(layout.first_part), layout.capacity,
-                        layout.first_slot, layout.first, layout.most};
-    sorts_in_memory |= layout.most > kSortChunk;
   }
   if (plan.parts > 0) {
-    detect_filter_kernel<S><<<grid_of(kOp, plan.parts), kFilterThreads, 0, scope.stream()>>>(filter);
+    detect_filter_kernel<S><<<grid_of(kOp, plan.parts), kFilterThreads, 0, scope.stream()>>>(kernel);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  Tensor scratch = workspace<Key>(args.anchors, sorts_in_memory ? args.batch * plan.room : 0);
-  select.candidates = filter.candidates;
-  select.counts = filter.counts;
-  select.room = plan.room;
-  select.selected = data_of<Key>(selected.keys);
-  select.scratch = data_of<Key>(scratch);
-  select.selected_counts = data_of<int32_t>(selected.counts);
-  detect_select_kernel<T><<<grid_of(kOp, args.batch * levels), kSortThreads, 0, scope.stream()>>>(select);
+  return found;
+}
+
+// T: of logits.
+template <typename T>
+void launch_select(const CudaScope& scope, const SelectArgs<T>& kernel, int64_t blocks) {
+  detect_select_kernel<T><<<grid_of(kOp, blocks), kSortThreads, 0, scope.stream()>>>(kernel);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// The best of every group of parts.
+template <typename T>
+Filtered select_from_groups(const CudaScope& scope, const DetectArgs& args, const DetectPlan& plan, Filtered& found) {
+  using Key = rank_key_t<T>;
+  Filtered left{workspace<Key>(args.anchors, plan.group_slots), workspace<uint32_t>(args.anchors, plan.groups)};
+  SelectArgs<T> kernel = {};
+  kernel.num_levels = static_cast<int>(plan.levels.size());
+  kernel.candidates = data_of<Key>(found.candidates);
+  kernel.counts = data_of<uint32_t>(found.counts);
+  kernel.selected = data_of<Key>(left.candidates);
+  kernel.selected_counts = data_of<uint32_t>(left.counts);
+  for (size_t i = 0; i < plan.levels.size(); ++i) {
+    const LevelPlan& level = plan.levels[i];
+    kernel.levels[i] = {static_cast<int>(level.parts),
+                        static_cast<int>(level.first_part),
+                        level.capacity,
+                        level.first_slot,
+                        static_cast<int>(level.groups),
+                        static_cast<int>(level.first_group),
+                        level.most,
+                        level.group_room,
+                        level.first_left};
+  }
+  launch_select(scope, kernel, plan.groups);
+  return left;
+}
+
+template <typename T>
+Selected select_candidates(const CudaScope& scope, const DetectArgs& args, const DetectPlan& plan, Filtered found) {
+  using Key = rank_key_t<T>;
+  const int levels = static_cast<int>(plan.levels.size());
+  const bool grouped = plan.groups > 0;
+  if (grouped) found = select_from_groups<T>(scope, args, plan, found);
+  bool sorts_in_memory = false;
+  for (const LevelPlan& level : plan.levels) sorts_in_memory |= level.most > kSortChunk;
+  Selected selected{workspace<Key>(args.anchors, args.batch * plan.room),
+                    workspace<uint32_t>(args.anchors, args.batch * levels)};
+  Tensor scratch = workspace<Key>(args.anchors, sorts_in_memory ? args.batch * plan.room : 0);
+  SelectArgs<T> kernel = {};
+  kernel.num_levels = levels;
+  kernel.candidates = data_of<Key>(found.candidates);
+  kernel.counts = data_of<uint32_t>(found.counts);
+  kernel.sorted = true;
+  kernel.image_room = plan.room;
+  kernel.selected = data_of<Key>(selected.keys);
+  kernel.scratch = data_of<Key>(scratch);
+  kernel.selected_counts = data_of<uint32_t>(selected.counts);
+  for (int i = 0; i < levels; ++i) {
+    const LevelPlan& level = plan.levels[i];
+    kernel.levels[i] = {static_cast<int>(grouped ? level.groups : level.parts),
+                        static_cast<int>(grouped ? level.first_group : level.first_part),
+                        grouped ? level.group_room : level.capacity,
+                        grouped ? level.first_left : level.first_slot,
+                        1,
+                        static_cast<int>(args.batch) * i,
+                        level.most,
+                        level.most,
+                        level.first};
+  }
+  launch_select(scope, kernel, args.batch * levels);
   return selected;
 }
 
@@ -125,7 +182,7 @@ void finish(const CudaScope& scope, const DetectArgs& args, const DetectPlan& pl
   rank.classes = static_cast<uint32_t>(args.num_classes);
   rank.room = plan.room;
   rank.selected = data_of<Key>(selected.keys);
-  rank.selected_counts = data_of<int32_t>(selected.counts);
+  rank.selected_counts = data_of<uint32_t>(selected.counts);
   rank.anchors = static_cast<const T*>(args.anchors.const_data_ptr());
   rank.anchor_image_stride = args.anchors.dim() == 3 ? 4 * args.num_anchors : 0;
   rank.keys = data_of<Key>(keys);
@@ -185,7 +242,7 @@ void run(const DetectArgs& args, DetectResult& result) {
   for (const LogitLevel& level : args.logits) sizes.push_back(level.rows() * args.num_classes);
   const DetectPlan plan = plan_detect(sizes, args.batch, args.topk_per_level, sizeof(rank_key_t<L>), kFilterTile<S>,
                                       kPartsPerMultiprocessor * scope.multiprocessors());
-  Selected selected = select_candidates<S>(scope, args, plan);
+  Selected selected = select_candidates<L>(scope, args, plan, filter_logits<S>(scope, args, plan));
   if (args.box_type == ScalarType::Double) {
     finish<L, double>(scope, args, plan, selected, result);
   } else {
@@ -202,7 +259,7 @@ DetectResult detect_cuda(const std::vector<Tensor>& cls_logits, const std::vecto
                        topk_per_level, nms_thresh, max_detections, clip_before_nms);
   require(args.logits.size() <= kDetectMaxLevels, kOp, ": at most ", kDetectMaxLevels, " levels on CUDA, not ",
           args.logits.size());
-  require(args.num_anchors * args.num_classes <= std::numeric_limits<uint32_t>::max(), kOp, ": at most 2^32 - 1 logits "
+  require(args.num_anchors * args.num_classes <= std::numeric_limits<int32_t>::max(), kOp, ": at most 2^31 - 1 logits "
           "an image on CUDA, not ", args.num_anchors, " x ", args.num_classes);
   DetectResult result = empty_detections(args);
   if (args.batch == 0) return result;

@@ -1,10 +1,11 @@
-// Post-processing on CUDA: threshold, top-k of each level, decode, clip, suppression, in four launches and without a
+// Post-processing on CUDA: threshold, top-k of each level, decode, clip, suppression, in four or five launches and without a
 // synchronisation. A candidate is a key (nms_math.h): its logit and its flat index anchor * K + class in the image, unique,
 // so that neither ties nor the order of threads decide anything.
 //
 //   detect_filter_kernel  every logit once. A block has a part of one level of one image, and a buffer for its candidates;
-//                         when that is full, it keeps the k best of it, and no logit below these is looked at again.
-//   detect_select_kernel  a block a level and image: the k best of all its parts, sorted
+//                         when that is full, it keeps the best of it, k at least, and looks at no logit below them again.
+//   detect_select_kernel  a block for each 64 parts of a level and image: their best; where there are more, another launch
+//                         for the best of these. Last, the k best of the level and image, sorted.
 //   detect_rank_kernel    a thread a candidate: its rank among all levels, its box
 //   detect_walk_kernel    a block an image: suppression from the best to the worst, until D are kept (nms_walk.cuh)
 //
@@ -23,6 +24,7 @@
 #include "cuda/vec.cuh"
 #include "nms/nms_walk.cuh"
 #include "postprocess/detect_math.h"
+#include "postprocess/detect_plan.h"
 
 namespace retinanet_ext {
 
@@ -93,8 +95,7 @@ __global__ void __launch_bounds__(kFilterThreads, kFilterMinBlocks<S>)
   const int64_t begin = static_cast<int64_t>(part - image * level.parts) * args.part;
   const int64_t end = level.size - begin < args.part ? level.size : begin + args.part;
   Key* const candidates = args.candidates + level.first_slot + part * level.capacity;
-  if (threadIdx.x == 0) fill[0] = 0;
-  __syncthreads();  // the buffer is empty
+  if (threadIdx.x == 0) fill[0] = 0;  // each tile has a vote, which is a barrier, before its keys
 
   // Whole vectors begin at 16-byte boundaries; the first and the last of the part may be cut.
   const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(logits + begin) % kVectorBytes / sizeof(S));
@@ -110,137 +111,183 @@ __global__ void __launch_bounds__(kFilterThreads, kFilterMinBlocks<S>)
       const int64_t position = position_of(tile, v);
       if (position >= begin && position + kWidth <= end) vectors[v] = load_vector(logits + position);
     }
-    T most = -std::numeric_limits<T>::infinity();
-    bool some = false;
+    uint32_t waiting = 0;  // a bit for each of the thread's logits that is to be added
 #pragma unroll
     for (int v = 0; v < kFilterVectors; ++v) {
       const int64_t position = position_of(tile, v);
       if (position >= begin && position + kWidth <= end) {
         T values[kWidth];
         unpack(vectors[v], values);
+        T most = -std::numeric_limits<T>::infinity();
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) most = larger(values[i], most);
+        if (most >= cut) {
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) waiting |= static_cast<uint32_t>(values[i] >= cut) << (v * kWidth + i);
+        }
       } else {
-        // Either end: looked at one by one below.
-        some |= position < end && position + kWidth > begin;
+        // Either end of the part.
+        for (int i = 0; i < kWidth; ++i) {
+          const bool exists = position + i >= begin && position + i < end;
+          if (exists && load_value(logits[position + i]) >= cut) waiting |= 1u << (v * kWidth + i);
+        }
       }
     }
-    some |= most >= cut;
-    if (__syncthreads_or(some) == 0) continue;
+    if (__syncthreads_or(waiting != 0) == 0) continue;
 
-    uint32_t waiting = 0;  // a bit for each of the thread's logits that is to be added
-    for (int i = 0; some && i < kFilterVectors * kWidth; ++i) {
-      const int64_t position = position_of(tile, i / kWidth) + i % kWidth;
-      if (position < begin || position >= end) continue;
-      const T logit = load_value(logits[position]);
-      if (!(logit >= cut)) continue;
-      if (rank_key(logit, flat_index(level, args.classes, position)) <= bound) waiting |= 1u << i;
-    }
+    const auto key_of = [&](int bit) {
+      const int64_t position = position_of(tile, bit / kWidth) + bit % kWidth;
+      return rank_key(static_cast<T>(load_value(logits[position])), flat_index(level, args.classes, position));
+    };
+    // A logit that equals the cut may still be worse by its index.
+    const auto drop_worse = [&] {
+      for (uint32_t left = waiting; left != 0; left &= left - 1) {
+        if (key_of(first_bit(left)) > bound) waiting &= ~(left & (0u - left));
+      }
+    };
+    if (bound != ~Key(0)) drop_worse();
     while (true) {
       if (waiting != 0) {
         uint32_t slot = atomicAdd(fill, static_cast<uint32_t>(count_bits(waiting)));
         for (; waiting != 0 && slot < level.capacity; ++slot, waiting &= waiting - 1) {
-          const int i = first_bit(waiting);
-          const int64_t position = position_of(tile, i / kWidth) + i % kWidth;
-          candidates[slot] = rank_key(load_value(logits[position]), flat_index(level, args.classes, position));
+          candidates[slot] = key_of(first_bit(waiting));
         }
       }
       if (__syncthreads_or(waiting != 0) == 0) break;
-      // The buffer is full: its k best stay.
+      // The buffer is full: its best stay, and make room for half as many as there is beyond the k best.
       if (threadIdx.x == 0) kept[0] = 0;
-      bound = bound_of_smallest<kFilterThreads, RankKey<T>::kBits, Key>(args.topk, [&](const auto& add) {
+      const int64_t room = args.topk + (level.capacity - args.topk) / 2;
+      bound = bound_of_smallest<kFilterThreads, RankKey<T>::kBits, Key>(args.topk, room, [&](const auto& add) {
         for (int64_t i = threadIdx.x; i < level.capacity; i += kFilterThreads) add(candidates[i]);
       });
       compact_keys<kFilterThreads>(candidates, level.capacity, bound, kept);
       if (threadIdx.x == 0) fill[0] = kept[0];
       __syncthreads();  // there is room again
       cut = lowest_logit<T>(bound);
-      for (uint32_t left = waiting; left != 0; left &= left - 1) {
-        const int i = first_bit(left);
-        const int64_t position = position_of(tile, i / kWidth) + i % kWidth;
-        const Key key = rank_key(static_cast<T>(load_value(logits[position])), flat_index(level, args.classes, position));
-        if (key > bound) waiting &= ~(1u << i);
-      }
+      drop_worse();
     }
   }
   if (threadIdx.x == 0) args.counts[block] = fill[0];
 }
 
 struct SelectLevel {
-  int parts;  // of an image, as what follows the filter's
-  int first_part;
-  int64_t capacity;
-  int64_t first_slot;
-  int64_t first;  // of the level, among an image's selected candidates
-  int64_t most;   // of them
+  int lists;          // of an image: the parts' buffers, or what an earlier launch selected
+  int first_list;     // of the level
+  int64_t capacity;   // keys of a list
+  int64_t first_slot;  // of the level's lists, in keys
+  int groups;         // of an image's lists: a block each
+  int first_group;    // of the level
+  int64_t most;       // keys that are wanted of the level and image
+  int64_t room;       // keys that a group's result may hold, `most` at least
+  int64_t first;      // of the level's results: sorted ones lie by image, others by group
 };
 
 template <typename T>
 struct SelectArgs {
   SelectLevel levels[kDetectMaxLevels];
   int num_levels;
-  const rank_key_t<T>* candidates;  // the filter's buffers
-  const uint32_t* counts;           // [parts]
-  int64_t room;             // of an image's selected candidates
-  rank_key_t<T>* selected;  // [B, room]
-  rank_key_t<T>* scratch;   // [B, room]; may be null where no level's `most` is above kSortChunk
-  int32_t* selected_counts;  // [B, levels]
+  const rank_key_t<T>* candidates;  // lists
+  const uint32_t* counts;           // of keys in each list
+  bool sorted;                      // results are an image's, sorted; each level has one group
+  int64_t image_room;               // sorted: of an image's results
+  rank_key_t<T>* selected;
+  rank_key_t<T>* scratch;     // as much; sorted alone, may be null where no level's `most` is above kSortChunk
+  uint32_t* selected_counts;  // of each group; sorted: [B, levels]
 };
+static_assert(sizeof(SelectArgs<double>) <= 4096, "what every GPU takes as parameters of a kernel");
+
+constexpr int kSelectLoads = 4;  // keys of a thread in flight
+
+// Calls take(key) for every key of some lists, from counts and keys of the first on. A warp has 32 lists at a time, one
+// behind the other, and its lanes neighbouring keys.
+template <typename Key, typename Take>
+__device__ __forceinline__ void for_each_key(const Key* keys, int64_t capacity, const uint32_t* counts, int lists,
+                                             const Take& take) {
+  const int lane = threadIdx.x % kWarpLanes;
+  for (int base = threadIdx.x - lane; base < lists; base += kSortThreads) {
+    const uint32_t count = base + lane < lists ? counts[base + lane] : 0;
+    const uint32_t before = warp_sum_before(count);
+    const uint32_t total = __shfl_sync(kWholeWarp, before + count, kWarpLanes - 1);
+    for (uint32_t first = 0; first < total; first += kSelectLoads * kWarpLanes) {
+      Key loaded[kSelectLoads];
+#pragma unroll
+      for (int i = 0; i < kSelectLoads; ++i) {
+        const uint32_t place = first + i * kWarpLanes + lane;
+        // The last list that begins at or before the place.
+        int list = 0;
+        for (int step = kWarpLanes / 2; step > 0; step /= 2) {
+          if (__shfl_sync(kWholeWarp, before, list + step) <= place) list += step;
+        }
+        const uint32_t list_begin = __shfl_sync(kWholeWarp, before, list);
+        if (place < total) loaded[i] = keys[(base + list) * capacity + (place - list_begin)];
+      }
+#pragma unroll
+      for (int i = 0; i < kSelectLoads; ++i) {
+        if (first + i * kWarpLanes + lane < total) take(loaded[i]);
+      }
+    }
+  }
+}
 
 template <typename T>
-__global__ void __launch_bounds__(kSortThreads) detect_select_kernel(const __grid_constant__ SelectArgs<T> args) {
+__global__ void __launch_bounds__(kSortThreads, 2) detect_select_kernel(const __grid_constant__ SelectArgs<T> args) {
   using Key = rank_key_t<T>;
   RNX_SHARED(Key, chunk, kSortChunk);
   RNX_SHARED(uint32_t, total, 1);
   RNX_SHARED(uint32_t, fill, 1);
-  const int image = static_cast<int>(blockIdx.x) / args.num_levels;
-  const SelectLevel& level = args.levels[static_cast<int>(blockIdx.x) - image * args.num_levels];
-  const uint32_t* const counts = args.counts + level.first_part + static_cast<int64_t>(image) * level.parts;
-  const Key* const candidates =
-      args.candidates + level.first_slot + static_cast<int64_t>(image) * level.parts * level.capacity;
-  const int lane = threadIdx.x % kWarpLanes;
+  const int block = static_cast<int>(blockIdx.x);
+  int index = 0;
+  while (index + 1 < args.num_levels && block >= args.levels[index + 1].first_group) ++index;
+  const SelectLevel& level = args.levels[index];
+  const int group = block - level.first_group;
+  const int image = group / level.groups;
+  // The group's lists, among the image's.
+  const int first = (group - image * level.groups) * static_cast<int>(kSelectLists);
+  const int after = first + static_cast<int>(kSelectLists);
+  const int last = args.sorted || after > level.lists ? level.lists : after;
+  const int64_t first_list = static_cast<int64_t>(image) * level.lists + first;
+  const uint32_t* const counts = args.counts + level.first_list + first_list;
+  const Key* const candidates = args.candidates + level.first_slot + first_list * level.capacity;
   if (threadIdx.x == 0) {
     total[0] = 0;
     fill[0] = 0;
   }
   __syncthreads();  // nothing is counted yet
-  for (int part = threadIdx.x; part < level.parts; part += kSortThreads) {
-    const uint32_t count = counts[part];
+  for (int list = threadIdx.x; list < last - first; list += kSortThreads) {
+    const uint32_t count = counts[list];
     if (count > 0) atomicAdd(total, count);
   }
-  __syncthreads();  // all parts are counted
+  __syncthreads();  // all lists are counted
 
-  // A warp has 32 parts at a time, and looks only into those that found something.
-  const auto for_each = [&](const auto& take) {
-    for (int base = threadIdx.x - lane; base < level.parts; base += kSortThreads) {
-      const int count = base + lane < level.parts ? static_cast<int>(counts[base + lane]) : 0;
-      for (unsigned listed = __ballot_sync(kWholeWarp, count > 0); listed != 0; listed &= listed - 1) {
-        const int source = first_bit(listed);
-        const int size = __shfl_sync(kWholeWarp, count, source);
-        const Key* keys = candidates + (base + source) * level.capacity;
-        for (int i = lane; i < size; i += kWarpLanes) take(keys[i]);
-      }
-    }
-  };
+  const auto for_each = [&](const auto& take) { for_each_key(candidates, level.capacity, counts, last - first, take); };
+  const bool in_chunk = args.sorted && level.most <= kSortChunk;
+  const int64_t room = in_chunk ? kSortChunk : level.room;
   Key bound = ~Key(0);
-  if (total[0] > level.most) bound = bound_of_smallest<kSortThreads, RankKey<T>::kBits, Key>(level.most, for_each);
-  const int64_t count = total[0] < level.most ? total[0] : level.most;
-  Key* const selected = args.selected + image * args.room + level.first;
-  Key* const gathered = level.most <= kSortChunk ? chunk : selected;
+  if (total[0] > room) bound = bound_of_smallest<kSortThreads, RankKey<T>::kBits, Key>(level.most, room, for_each);
+  Key* const selected = args.selected + (args.sorted ? image * args.image_room + level.first
+                                                     : level.first + group * level.room);
+  Key* const gathered = in_chunk ? chunk : selected;
   for_each([&](Key key) {
     if (key <= bound) gathered[atomicAdd(fill, 1u)] = key;
   });
-  if (level.most <= kSortChunk) {
-    const int size = padded_size(static_cast<int>(count));
-    for (int i = static_cast<int>(count) + threadIdx.x; i < size; i += kSortThreads) chunk[i] = ~Key(0);
-    __syncthreads();  // the selected keys, and padding behind them
+  __syncthreads();  // the selected keys are gathered
+  const int64_t found = fill[0];
+  const int64_t count = found < level.most ? found : level.most;
+  if (in_chunk) {
+    const int size = padded_size(static_cast<int>(found));
+    for (int i = static_cast<int>(found) + threadIdx.x; i < size; i += kSortThreads) chunk[i] = ~Key(0);
+    __syncthreads();  // padding stands behind them
     sort_chunk(chunk, size);
     for (int i = threadIdx.x; i < count; i += kSortThreads) selected[i] = chunk[i];
-  } else {
-    __syncthreads();  // the selected keys are in memory
-    sort_keys(selected, args.scratch + image * args.room + level.first, count, chunk);
+  } else if (args.sorted) {
+    sort_keys(selected, args.scratch + image * args.image_room + level.first, count, chunk);
   }
-  if (threadIdx.x == 0) args.selected_counts[blockIdx.x] = static_cast<int32_t>(count);
+  if (threadIdx.x != 0) return;
+  if (args.sorted) {
+    args.selected_counts[static_cast<int64_t>(image) * args.num_levels + index] = static_cast<uint32_t>(count);
+  } else {
+    args.selected_counts[block] = static_cast<uint32_t>(found);
+  }
 }
 
 enum class DeltaType { kFloat64, kFloat32, kFloat16, kBFloat16 };
@@ -277,7 +324,7 @@ struct RankArgs {
   uint32_t classes;           // K
   int64_t room;               // of an image's candidates
   const rank_key_t<L>* selected;   // [B, room]
-  const int32_t* selected_counts;  // [B, levels]
+  const uint32_t* selected_counts;  // [B, levels]
   const T* anchors;                // [N, 4] or [B, N, 4]
   int64_t anchor_image_stride;     // 0 where all images share them
   ImageSizes<T> sizes;
@@ -315,13 +362,12 @@ __global__ void __launch_bounds__(kSortThreads) detect_rank_kernel(const __grid_
   const int image = args.first_image + of_launch;
   const int64_t place = (static_cast<int64_t>(blockIdx.x) - static_cast<int64_t>(of_launch) * args.blocks_per_image) *
                             kSortThreads + threadIdx.x;
-  if (place >= args.room) return;
   int index = 0;
   while (index + 1 < args.num_levels && place >= args.levels[index + 1].first) ++index;
   const RankLevel& level = args.levels[index];
-  const int32_t* const counts = args.selected_counts + static_cast<int64_t>(image) * args.num_levels;
+  const uint32_t* const counts = args.selected_counts + static_cast<int64_t>(image) * args.num_levels;
   int64_t rank = place - level.first;
-  if (rank >= counts[index]) return;
+  if (rank >= counts[index]) return;  // so do all places behind the last level's
   const int64_t first = image * args.room;
   const rank_key_t<L> key = args.selected[first + place];
   for (int other = 0; other < args.num_levels; ++other) {
@@ -354,7 +400,7 @@ struct DetectWalkArgs {
   const rank_key_t<L>* keys;       // [B, room], ranked, as what follows
   const Box<T>* boxes;
   const int32_t* labels;
-  const int32_t* selected_counts;  // [B, levels]
+  const uint32_t* selected_counts;  // [B, levels]
   int num_levels;
   int first_image;  // of the launch
   int64_t room;     // of an image's candidates

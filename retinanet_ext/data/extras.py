@@ -1,4 +1,4 @@
-"""The optional packages behind data, training and plots, imported at the moment they are needed."""
+"""The optional packages behind data, training, plots and exports, imported at the moment they are needed."""
 
 import importlib
 from types import ModuleType
@@ -7,24 +7,24 @@ _PACKAGES = {"PIL": "Pillow", "pycocotools": "pycocotools", "matplotlib": "matpl
 
 
 class MissingExtraError(ImportError):
-    """A package of the `train` extra is not installed."""
+    """A package of an extra is not installed."""
 
 
-def require(module: str) -> ModuleType:
+def require(module: str, extra: str = "train") -> ModuleType:
     """Import `module` (for example "PIL.Image"), or raise MissingExtraError with the command that installs
-    it."""
+    the `extra` that has it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = _PACKAGES.get(module.split(".")[0], module)
         raise MissingExtraError(
             f"{package} is needed here and could not be imported ({error}). "
-            'Install it with: pip install "retinanet_ext[train]"'
+            f'Install it with: pip install "retinanet_ext[{extra}]"'
         ) from error
 
 
-def require_all(*modules: str) -> None:
+def require_all(*modules: str, extra: str = "train") -> None:
     """Import every module of `modules` now, so that a missing one is named before hours of work and not
     after."""
     for module in modules:
-        require(module)
+        require(module, extra)

@@ -12,6 +12,7 @@ from . import demo
 from .checkpoint import load_checkpoint, load_model
 from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers, resume_config
 from .evaluate import evaluate, format_best, format_metrics
+from .export import export
 from .predict import find_images, predict_files
 from .progress import track
 from .run_folder import RunFolder, new_run_dir, write_json
@@ -163,6 +164,13 @@ def _predict(arguments: argparse.Namespace, run: RunFolder) -> int:
     if problems:
         print(f"{len(problems)} problems, first: {problems[0]}; all in {run.problems}", file=sys.stderr)
         return 1
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Write a trained model in another format and say how it is used."""
+    settings = {name: value for name, value in vars(arguments).items() if name != "command"}
+    print(export(**settings))
     return 0
 
 

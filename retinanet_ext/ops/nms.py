@@ -156,7 +156,7 @@ def batched_nms_padded(
             raise ValueError(f"{op}: num_valid: expected shape [{len(boxes)}], got {list(num_valid.shape)}")
         check_device(op, "num_valid", num_valid, boxes.device)
     boxes, scores = _computable(boxes), _computable(scores)
-    num_valid = None if num_valid is None else num_valid.clamp(max=boxes.shape[1]).int()
+    num_valid = None if num_valid is None else num_valid.clamp(0, boxes.shape[1]).int()
     return PaddedNMS(*_padded(boxes, scores, labels.long(), num_valid, float(iou_threshold), int(max_detections)))
 
 

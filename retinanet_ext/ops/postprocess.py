@@ -137,7 +137,8 @@ def _check_levels(
             check_device(op, f"{name}[{index}]", level, logit_levels[0].device)
             if level.dtype != levels[0].dtype:
                 raise TypeError(f"{op}: {name}[{index}]: expected {levels[0].dtype} at every level, got {level.dtype}")
-    batch, num_anchors, classes = len(logit_levels[0]), 0, set()
+    # Sizes by shape, never by len(): torch.export would take a dynamic batch for a constant.
+    batch, num_anchors, classes = logit_levels[0].shape[0], 0, set()
     for index, (logits, deltas) in enumerate(zip(logit_levels, delta_levels, strict=True)):
         maps = logits.dim() == 4 and deltas.dim() == 4 and deltas.shape[1] > 0 and deltas.shape[1] % 4 == 0
         rows = logits.dim() == 3 and deltas.dim() == 3 and deltas.shape[2] == 4
@@ -154,10 +155,10 @@ def _check_levels(
                 f"[B, 4 * A, H, W], or [B, n, K] and [B, n, 4], "
                 f"got {list(logits.shape)} and {list(deltas.shape)}"
             )
-        if len(logits) != batch or len(deltas) != batch:
+        if logits.shape[0] != batch or deltas.shape[0] != batch:
             raise ValueError(
                 f"{op}: cls_logits[{index}], box_deltas[{index}]: expected a batch of {batch} at each level, "
-                f"got {len(logits)} and {len(deltas)}"
+                f"got {logits.shape[0]} and {deltas.shape[0]}"
             )
     if len(classes) != 1:
         raise ValueError(f"{op}: cls_logits: expected the same number of classes at every level, got {sorted(classes)}")

@@ -406,6 +406,23 @@ T atomic(T* address, U value, const Update& update) {
 #define __shfl_xor_sync(mask, value, bits) \
   emulator::exchange(mask, value, [flip = (bits)](int lane) { return lane ^ static_cast<int>(flip); }, __LINE__)
 
+// Bits: the lowest that is set, from 1 on, or 0; how many are set; how many zeros stand before the highest.
+inline int __ffs(int bits) {
+  return __builtin_ffs(bits);
+}
+inline int __ffsll(long long bits) {
+  return __builtin_ffsll(bits);
+}
+inline int __popc(unsigned bits) {
+  return __builtin_popcount(bits);
+}
+inline int __popcll(unsigned long long bits) {
+  return __builtin_popcountll(bits);
+}
+inline int __clz(int bits) {
+  return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits));
+}
+
 template <typename T, typename U>
 T atomicAdd(T* address, U value) {
   return emulator::atomic(address, value, [](T a, T b) { return static_cast<T>(a + b); });

@@ -92,9 +92,10 @@ py::tuple run(const std::vector<Level>& levels, const py::array& anchors, const 
       plan_detect(level_sizes, batch, options.topk, sizeof(Key), kFilterTile<S>, options.wanted_parts);
 
   FilterArgs<L> filter = {};
+  SelectArgs<L> groups = {};
   SelectArgs<L> select = {};
   RankArgs<L, T> rank = {};
-  filter.num_levels = select.num_levels = rank.num_levels = count;
+  filter.num_levels = groups.num_levels = select.num_levels = rank.num_levels = count;
   filter.part = plan.part;
   filter.smallest = smallest_logit_above<L>(options.score_thresh);
   filter.classes = static_cast<uint32_t>(options.classes);
@@ -117,8 +118,25 @@ py::tuple run(const std::vector<Level>& levels, const py::array& anchors, const 
                         static_cast<int>(layout.first_part),
                         layout.capacity,
                         layout.first_slot};
-    select.levels[i] = {static_cast<int>(layout.parts), static_cast<int>(layout.first_part), layout.capacity,
-                        layout.first_slot, layout.first, layout.most};
+    const bool grouped = plan.groups > 0;
+    groups.levels[i] = {static_cast<int>(layout.parts),
+                        static_cast<int>(layout.first_part),
+                        layout.capacity,
+                        layout.first_slot,
+                        static_cast<int>(layout.groups),
+                        static_cast<int>(layout.first_group),
+                        layout.most,
+                        layout.group_room,
+                        layout.first_left};
+    select.levels[i] = {static_cast<int>(grouped ? layout.groups : layout.parts),
+                        static_cast<int>(grouped ? layout.first_group : layout.first_part),
+                        grouped ? layout.group_room : layout.capacity,
+                        grouped ? layout.first_left : layout.first_slot,
+                        1,
+                        static_cast<int>(batch) * i,
+                        layout.most,
+                        layout.most,
+                        layout.first};
     rank.levels[i] = {device.add<void>(level.deltas),
                       level.delta_strides[0],
                       level.delta_strides[1],
@@ -135,10 +153,21 @@ py::tuple run(const std::vector<Level>& levels, const py::array& anchors, const 
               [&] { detect_filter_kernel<S>(filter); });
   select.candidates = filter.candidates;
   select.counts = filter.counts;
-  select.room = plan.room;
+  if (plan.groups > 0) {
+    groups.candidates = filter.candidates;
+    groups.counts = filter.counts;
+    groups.selected = device.room<Key>(plan.group_slots);
+    groups.selected_counts = device.room<uint32_t>(plan.groups);
+    machine.run(static_cast<unsigned>(plan.groups), kSortThreads, options.schedule,
+                [&] { detect_select_kernel<L>(groups); });
+    select.candidates = groups.selected;
+    select.counts = groups.selected_counts;
+  }
+  select.sorted = true;
+  select.image_room = plan.room;
   select.selected = device.room<Key>(batch * plan.room);
   select.scratch = device.room<Key>(batch * plan.room);
-  select.selected_counts = device.room<int32_t>(batch * count);
+  select.selected_counts = device.room<uint32_t>(batch * count);
   machine.run(static_cast<unsigned>(batch * count), kSortThreads, options.schedule,
               [&] { detect_select_kernel<L>(select); });
 
@@ -201,6 +230,8 @@ PYBIND11_MODULE(_detect_emulator, m) {
   m.attr("sort_chunk") = kSortChunk;
   m.attr("fewest_freed") = kFewestFreed;
   m.attr("buffer_bytes") = kDetectBufferBytes;
+  m.attr("select_lists") = kSelectLists;
+  m.attr("select_room") = kSelectRoom;
   py::class_<Level>(m, "Level")
       .def(py::init([](const py::array& logits, const py::array& deltas, const std::array<int64_t, 4>& delta_strides,
                        int64_t anchors, int64_t height, int64_t width, bool planes) {
@@ -231,9 +262,10 @@ PYBIND11_MODULE(_detect_emulator, m) {
     py::list levels;
     for (const LevelPlan& level : plan.levels) {
       levels.append(py::dict(py::arg("parts") = level.parts, py::arg("capacity") = level.capacity,
-                             py::arg("most") = level.most));
+                             py::arg("most") = level.most, py::arg("groups") = level.groups));
     }
     return py::dict(py::arg("part") = plan.part, py::arg("parts") = plan.parts, py::arg("slots") = plan.slots,
-                    py::arg("room") = plan.room, py::arg("levels") = levels);
+                    py::arg("room") = plan.room, py::arg("groups") = plan.groups,
+                    py::arg("group_slots") = plan.group_slots, py::arg("levels") = levels);
   });
 }

@@ -9,8 +9,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <utility>
+#include <vector>
 
 namespace py = pybind11;
 using namespace retinanet_ext;
@@ -111,6 +113,23 @@ py::array_t<int64_t> run_bands(const py::array& boxes, const py::array& scores, 
   return fetch(args.keep, {args.counts[0]});
 }
 
+// The settling of one band alone: rows that it keeps. masks [count, words of the band]; box i is row i.
+py::array_t<int64_t> settle(const py::array_t<uint64_t>& masks, int64_t count) {
+  Device device;
+  NmsBandArgs<float> args = {};
+  std::vector<rank_key_t<float>> keys(static_cast<std::size_t>(count));
+  for (int64_t i = 0; i < count; ++i) keys[i] = rank_key(0.0f, static_cast<uint32_t>(i));
+  args.keys = keys.data();
+  args.num_boxes = args.count = count;
+  args.masks = device.room<unsigned long long>(masks.size());
+  std::memcpy(args.masks, masks.data(), static_cast<std::size_t>(masks.nbytes()));
+  args.band_kept = device.room<int32_t>(count);
+  args.keep = device.room<int64_t>(count);
+  args.counts = device.room<int64_t>(2);
+  emulator::Machine::get().run(1, kSettleThreads, {}, [&] { nms_settle_kernel<float>(args); });
+  return fetch(args.keep, {args.counts[0]});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_nms_emulator, m) {
@@ -118,6 +137,8 @@ PYBIND11_MODULE(_nms_emulator, m) {
   m.attr("sort_chunk") = kSortChunk;
   m.attr("walk_tile") = kWalkTile;
   m.attr("band_boxes") = kBandBoxes;
+  m.def("band_words", &band_words);
+  m.def("settle", &settle, py::arg("masks"), py::arg("count"));
   m.def(
       "batched_nms_padded",
       [](const py::array& boxes, const py::array& scores, const Labels& labels, double iou_threshold, int64_t most,

@@ -1,0 +1,213 @@
+"""Exports to ONNX, run by onnxruntime: the model's detections, and ties as the operator decides them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+for module in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(module, reason=f'{module} is not installed: pip install "retinanet_ext[export]"')
+
+import onnx  # noqa: E402
+import onnxruntime  # noqa: E402
+
+from retinanet_ext import detect  # noqa: E402
+from retinanet_ext.engine.checkpoint import build_model, load_model, save_checkpoint  # noqa: E402
+from retinanet_ext.engine.export import export  # noqa: E402
+from retinanet_ext.engine.export_modules import ExportedDetector, ExportedHeads  # noqa: E402
+from retinanet_ext.engine.export_onnx import translate  # noqa: E402
+from retinanet_ext.models.anchors import AnchorGenerator  # noqa: E402
+
+SIZE = (64, 96)
+CONFIG = {
+    "arch": "resnet18",
+    "num_classes": 3,
+    "norm": "batch",
+    "min_size": SIZE[0],
+    "max_size": SIZE[1],
+    "anchor_sizes": [[8, 10, 12], [16, 20, 25], [32, 40, 50], [64, 80, 101], [128, 161, 203]],
+    "detections_per_img": 50,
+    "topk_candidates": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Heads so random that boxes of all classes are found, and no two of one score."""
+    torch.manual_seed(0)
+    model = build_model(CONFIG)
+    nn.init.normal_(model.head.classification_head.cls_logits.weight, std=1.0)
+    nn.init.normal_(model.head.regression_head.bbox_reg.weight, std=0.05)
+    path = tmp_path_factory.mktemp("weights") / "best.pt"
+    save_checkpoint(path, model, CONFIG, ["disc", "square", "star"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return load_model(weights)[0]
+
+
+def session_of(file):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(file, options)
+
+
+def run(session, *inputs):
+    names = [value.name for value in session.get_inputs()]
+    feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+
+@torch.no_grad()
+def assert_close(outputs, module, images):
+    """At most twice as far from float64 as PyTorch's own float32 is; integers the same."""
+    exact = copy.deepcopy(module).double()(images.double())
+    for name, found, own, true in zip(module.output_names, outputs, module(images), exact, strict=True):
+        assert found.dtype == own.dtype
+        if not found.is_floating_point():
+            assert torch.equal(found, own), name
+        error, allowed = (found - true).abs().max(), 2 * (own - true).abs().max()
+        assert error <= allowed, f"{name}: {error} > {allowed}"
+
+
+@pytest.fixture(scope="module")
+def exported(weights, tmp_path_factory):
+    return export(weights, "onnx", tmp_path_factory.mktemp("onnx") / "detector.onnx")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_detections_are_the_model_s(exported, model, batch):
+    session = session_of(exported.path)
+    assert session.get_outputs()[0].shape == ["batch", 50, 4]
+    images = torch.rand(batch, 3, *SIZE)
+    outputs = run(session, images)
+    assert_close(outputs, ExportedDetector(model, SIZE), images)
+    with torch.no_grad():
+        own = model(list(images))
+    for image, count in enumerate(outputs[3].tolist()):
+        assert count > 10
+        assert outputs[2][image, :count].tolist() == own[image]["labels"].tolist()
+
+
+def test_other_sizes_are_refused(exported):
+    with pytest.raises(Exception, match="Got invalid dimensions for input: images"):
+        run(session_of(exported.path), torch.rand(1, 3, 96, 96))
+
+
+def test_operators_are_standard_ones_and_classes_travel_along(exported):
+    content = onnx.load(exported.path)
+    assert {node.domain for node in content.graph.node} == {""}
+    assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", 18)]
+    assert not content.functions
+    (entry,) = content.metadata_props
+    assert entry.key == "retinanet_ext.json"
+    assert json.loads(entry.value)["class_names"] == ["disc", "square", "star"]
+
+
+def test_the_report_s_lines_run(exported):
+    assert exported.takes.startswith("images [B, 3, 64, 96]")
+    names = {}
+    exec(exported.usage, names)
+    assert names["counts"].shape == (1,)
+
+
+def test_any_size(weights, model, tmp_path):
+    path = export(weights, "onnx", tmp_path / "any.onnx", dynamic_size=True).path
+    session = session_of(path)
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    for batch, *size in ((4, 160, 160), (2, 352, 192)):
+        images = torch.rand(batch, 3, *size)
+        outputs = run(session, images)
+        assert outputs[3].min() > 0
+        assert_close(outputs, ExportedDetector(model, tuple(size)), images)
+    for size in ((176, 160), (160, 170)):
+        with pytest.raises(Exception, match="multiple"):
+            run(session, torch.rand(1, 3, *size))
+
+
+def test_heads_and_anchors(weights, model, tmp_path):
+    exported = export(weights, "onnx-heads", tmp_path / "heads.onnx", batch_size=2)
+    session = session_of(exported.path)
+    images = torch.rand(2, 3, *SIZE)
+    outputs = run(session, images)
+    names = [value.name for value in session.get_outputs()]
+    assert names[:2] == ["cls_logits_p3", "cls_logits_p4"]
+    assert names[5:] == [*(f"box_deltas_p{level}" for level in range(3, 8)), "anchors"]
+    assert_close(outputs, ExportedHeads(model, SIZE), images)
+    found = detect(outputs[:5], outputs[5:10], outputs[10], [SIZE] * 2, topk_per_level=100, max_detections=50)
+    with torch.no_grad():
+        own = model(list(images))
+    assert [found.labels[image, :count].tolist() for image, count in enumerate(found.counts.tolist())] == [
+        result["labels"].tolist() for result in own
+    ]
+
+
+GRIDS = ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))
+K = 4
+
+
+class Detect(nn.Module):
+    def __init__(self, options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, logits, deltas, anchors, sizes):
+        return tuple(detect(logits, deltas, anchors, sizes, **self.options))
+
+
+def post_processing(**options):
+    """The operator alone, in onnxruntime."""
+    inputs = (
+        [torch.zeros(2, 9 * K, *grid) for grid in GRIDS],
+        [torch.zeros(2, 9 * 4, *grid) for grid in GRIDS],
+        AnchorGenerator()(SIZE, GRIDS),
+        torch.zeros(2, 2),
+    )
+    program = torch.export.export(Detect(options), inputs)
+    names = [*(f"logits{i}" for i in range(5)), *(f"deltas{i}" for i in range(5)), "anchors", "sizes"]
+    outputs = ("boxes", "scores", "labels", "indices", "counts")
+    return session_of(translate(program, names, outputs).SerializeToString())
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["clip first", "clip last"])
+def compiled(request):
+    options = {"topk_per_level": 40, "max_detections": 60, "clip_before_nms": request.param}
+    return post_processing(**options), options
+
+
+@pytest.mark.parametrize(
+    "logits_of", ["random", "all equal", "few values", "saturated", "infinite and NaN", "none", "few"]
+)
+def test_ties_and_extremes_of_the_operator(compiled, logits_of):
+    session, options = compiled
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(2, 9 * K, *grid, generator=generator) * 2 for grid in GRIDS]
+    deltas = [torch.randn(2, 9 * 4, *grid, generator=generator) * 0.3 for grid in GRIDS]
+    if logits_of == "all equal":
+        logits = [torch.full_like(level, 0.5) for level in logits]
+    elif logits_of == "few values":
+        logits = [level.round() for level in logits]
+    elif logits_of == "saturated":
+        logits = [level * 5 + 30 for level in logits]  # all scores are 1
+    elif logits_of == "infinite and NaN":
+        for value, every in ((float("inf"), 5), (float("-inf"), 7), (float("nan"), 11)):
+            for level in logits:
+                level.view(-1)[::every] = value
+    elif logits_of in ("none", "few"):
+        logits = [torch.full_like(level, -20.0) for level in logits]
+        if logits_of == "few":
+            logits[1][1, 5:30:3, 2, 1] = 1.0
+    sizes = torch.tensor([[60.0, 90.0], [64.0, 33.0]])
+    anchors = AnchorGenerator()(SIZE, GRIDS)
+    expected = detect(logits, deltas, anchors, sizes, **options)
+    boxes, scores, labels, indices, counts = run(session, *logits, *deltas, anchors, sizes)
+    assert torch.equal(counts, expected.counts)
+    assert torch.equal(labels, expected.labels)
+    assert torch.equal(indices, expected.indices)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(boxes, expected.boxes, rtol=0, atol=4 * 512 * eps)
+    torch.testing.assert_close(scores, expected.scores, rtol=4 * eps, atol=0)
