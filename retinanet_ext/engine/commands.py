@@ -77,19 +77,6 @@ def _summary(run: RunFolder, epochs: int) -> str:
     return "\n".join([*lines, f"weights: {run.best}{of_epoch}", f"logs and plots: {run.root}"])
 
 
-def _refuse_changes(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for options of `train` that a resumed run, which has its own, would not follow."""
-    from retinanet_ext.cli import make_parser
-
-    free = {"command", "resume", *_RESUME_CHANGES}
-    defaults = vars(make_parser().parse_args(["train"]))
-    changed = [name for name, value in vars(arguments).items() if name not in free and value != defaults[name]]
-    if changed:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        free_options = ", ".join(f"--{name}" for name in _RESUME_CHANGES)
-        raise ValueError(f"--resume goes on as the run began: {options} cannot be changed (only {free_options})")
-
-
 def run_val(arguments: argparse.Namespace) -> int:
     """Evaluate a checkpoint on a data set."""
     check_count("batch_size", arguments.batch_size)
