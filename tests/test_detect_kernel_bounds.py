@@ -94,7 +94,7 @@ def test_tiles_and_parts_of_any_size(emulator, dtype, distance):
         assert detect(emulator, [logits], 9, dtype, wanted_parts=parts) == [best(logits[0], 9)]
 
 
-@pytest.mark.parametrize("parts", [31, 32, 33, 64, 65])
+@pytest.mark.parametrize("parts", [31, 32, 33, 63, 64, 65, 127, 129])
 def test_candidates_in_the_last_of_many_parts(emulator, parts):
     tile = TILE_VECTORS * WIDTHS["float64"]
     logits = torch.full((1, parts * tile), LOW)
@@ -139,7 +139,7 @@ def test_best_logit_anywhere_in_a_full_buffer(emulator, topk, schedule):
 def test_lists_of_whole_chunks_of_the_sort(emulator, chunks, distance):
     """One list alone, so that nothing lies behind it; of as many candidates, one less and more."""
     topk = chunks * emulator.sort_chunk + distance
-    for size, equal in ((topk, False), (topk - 1, False), (topk + 500, True)):
+    for size, equal in ((topk, False), (topk - 1, False), (topk + 1, False), (topk + 500, True)):
         logits = torch.ones(size) if equal else shuffled(max(size, topk))
         logits[size:] = LOW
         found = detect(emulator, [logits[None]], topk, most=min(size, topk), order="random", seed=size)
