@@ -89,7 +89,12 @@ def run_fresh(tmp_path, *lines, **environment):
         ]
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+        cwd=tmp_path,  # not in a checkout, whose package is not built
     )
     assert done.returncode == 0, done.stderr
     return torch.load(path)
