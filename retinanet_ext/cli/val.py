@@ -7,7 +7,7 @@ def add_parser(commands) -> None:
     command = new_command(
         commands,
         "val",
-        "evaluate a trained model with pycocotools",
+        "evaluate a trained model",
         "  retinanet-ext val runs/train/weights/best.pt VOCdevkit/VOC2012\n"
         "  retinanet-ext val best.pt test.json --images photos --run-dir runs/test",
         "Evaluate a trained model: COCO AP overall and for each class. Writes metrics.json, per_class.csv, "

@@ -35,7 +35,7 @@ from .run_folder import RunFolder, RunFolderError, StepLog, write_json
 from .schedule import CLIP_GRAD_NORM, default_rate, default_warmup, make_optimizer, make_scheduler
 from .settings import SettingError
 
-EXTRAS = ("PIL.Image", "pycocotools.coco", "matplotlib.figure", "tqdm")
+EXTRAS = ("PIL.Image", "faster_coco_eval", "matplotlib.figure", "tqdm")
 
 
 def open_datasets(
