@@ -4,8 +4,8 @@ import argparse
 import textwrap
 
 DATA_HELP = (
-    "the data set: a Pascal VOC folder, a COCO json file, or a folder with annotations/instances_SPLIT.json "
-    "and images in SPLIT/"
+    "the data set: a Pascal VOC folder, a COCO json file, a folder with annotations/instances_SPLIT.json "
+    "and images in SPLIT/, or a YOLO yaml"
 )
 
 
