@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import DATA_HELP, add_checks, add_machine, new_command
+from .options import DATA_HELP, add_anchors, add_checks, add_machine, new_command
 
 
 def add_parser(commands) -> None:
@@ -49,21 +49,7 @@ def add_parser(commands) -> None:
         help="side the shorter image side is resized to; of several, each batch draws one (default: 800)",
     )
     model.add_argument("--max-size", type=int, metavar="PX", help="limit of the longer side (default: 1333)")
-    model.add_argument(
-        "--anchor-sizes",
-        type=float,
-        nargs=5,
-        metavar="PX",
-        help="smallest anchor side of the levels P3 to P7, in pixels of the resized image (default: 32 64 "
-        "128 256 512); each level has it times 1, 1.26 and 1.59",
-    )
-    model.add_argument(
-        "--aspect-ratios",
-        type=float,
-        nargs="+",
-        metavar="R",
-        help="height / width of the anchors (default: 0.5 1 2)",
-    )
+    add_anchors(model)
     recipe = command.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, help="(default: 12)")
     recipe.add_argument("--batch-size", type=int, metavar="N", help="images a step (default: 4)")

@@ -4,7 +4,7 @@ shapes."""
 from .coco import CocoDataset
 from .dataset import DatasetError, DetectionDataset, ImageRecord, Problem, UnreadableImageError, summarise
 from .loader import Batch, EpochShuffle, SampleView, make_loader
-from .open import names_splits, open_dataset
+from .open import find_splits, names_splits, open_dataset
 from .shapes import generate_shapes
 from .transforms import Compose, RandomHorizontalFlip, RandomVerticalFlip, sample_rng
 from .voc import VocDataset
@@ -25,6 +25,7 @@ __all__ = [
     "UnreadableImageError",
     "VocDataset",
     "YoloDataset",
+    "find_splits",
     "generate_shapes",
     "make_loader",
     "names_splits",
