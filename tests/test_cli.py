@@ -101,7 +101,8 @@ def test_val(trained, data, tmp_path, capsys):
     assert "AP50" in out
     assert "triangle" in out
     names = {path.name for path in (tmp_path / "val").iterdir()}
-    assert names == {"problems.txt", "metrics.json", "per_class.csv", "detections.json", "PR_curve.png"}
+    pictures = {"PR_curve.png", "confusion_matrix.png", "scores.png", "val_batch0_labels.jpg", "val_batch0_pred.jpg"}
+    assert names == {"problems.txt", "metrics.json", "per_class.csv", "detections.json", *pictures}
     assert json.loads((tmp_path / "val" / "metrics.json").read_text())["images"] == 2
 
 
@@ -207,6 +208,9 @@ TRAIN, VAL, PREDICT = ("train", "{data}"), ("val", "{weights}", "{data}"), ("pre
         ((*PREDICT, "--score", "3"), "--score: expected a score in [0, 1], got 3.0"),
         ((*PREDICT, "--min-score", "-1"), "--min-score: expected a score in [0, 1], got -1.0"),
         ((*PREDICT, "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
+        (("anchors", "{data}", "--max-size", "9"), "--min-size, --max-size: expected the first at most the second"),
+        (("bench", "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
+        (("bench", "--seconds", "0"), "--seconds: expected a number > 0, got 0.0"),
         (("demo", "--seed", "-1"), "--seed: expected a number >= 0, got -1"),
         (("demo", "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
     ],
@@ -318,7 +322,9 @@ def test_a_missing_extra_is_named_with_its_command(missing, monkeypatch, data, t
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "val", "predict", "demo", "env"])
+@pytest.mark.parametrize(
+    "command", ["train", "val", "predict", "export", "anchors", "check-data", "bench", "demo", "env"]
+)
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         make_parser().parse_args([command, "--help"])

@@ -160,15 +160,24 @@ def test_no_detections_and_no_ground_truth():
     format_metrics(result)
 
 
-def test_an_evaluation_is_read_back_from_its_files(tmp_path):
+def test_an_evaluation_is_read_back_from_its_files(tmp_path, without_pictures):
     run = RunFolder(tmp_path)
     assert run.read_evaluation() is None
     result = score_detections(truth([(1, 1, BOX)], classes=2), found((1, 1, BOX, 0.9)))
-    run.write_evaluation(result)
+    result.losses = {"classification": 0.25, "bbox_regression": 0.5, "total": 0.75}
+    run.write_evaluation(result, None)
     again = run.read_evaluation()
     assert again.metrics == pytest.approx(result.metrics, nan_ok=True)
     assert again.per_class[0] == {name: pytest.approx(value) for name, value in result.per_class[0].items()}
+    assert again.losses == result.losses
     assert format_metrics(again) == format_metrics(result)
+    assert format_metrics(again).endswith("loss  classification 0.2500  bbox_regression 0.5000  total 0.7500")
+    # A loss that is no number is none in json.
+    result.losses = {"classification": math.nan, "bbox_regression": 0.5, "total": math.inf}
+    run.write_evaluation(result, None)
+    assert "NaN" not in (tmp_path / "metrics.json").read_text()
+    assert "Infinity" not in (tmp_path / "metrics.json").read_text()
+    assert run.read_evaluation().losses == pytest.approx({"bbox_regression": 0.5})
 
 
 def test_difficult_objects_count_neither_found_nor_missed():

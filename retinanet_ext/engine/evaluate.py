@@ -197,13 +197,13 @@ def score_detections(ground_truth: dict[str, Any], detections: Sequence[dict[str
 def format_metrics(result: Evaluation) -> str:
     """The overall figures and a line a class, as a table."""
     lines = ["  ".join(f"{name} {_figure(result.metrics[name])}" for name in METRICS)]
-    if result.losses:
-        lines.append("loss  " + "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
     width = max([len("class"), *(len(row["class"]) for row in result.per_class)])
     lines.append(f"{'class':<{width}}  images  objects     AP   AP50   AP75  AR100")
     for row in result.per_class:
         figures = "  ".join(_figure(row[name]) for name in ("AP", "AP50", "AP75", "AR100"))
         lines.append(f"{row['class']:<{width}}  {row['images']:>6}  {row['objects']:>7}  {figures}")
+    if result.losses:
+        lines.append("loss  " + "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ from retinanet_ext.data.extras import require, require_all
 from .checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint, set_rng_state
 from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers
 from .evaluate import METRICS, Evaluation, evaluate
+from .event_log import EventLog
 from .loop import StepRecord, TrainingError, train_steps
 from .plots import plot_results
 from .plots_labels import plot_labels
@@ -144,6 +145,7 @@ class Training:
         else:
             self.run.start(config.to_args())
             plot_labels(self.train_set, self.run.root / "labels.png")
+        self.events = EventLog(self.run.root, self.step)
 
     def _resumed_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint of the run; None for a run that ended before it had written one."""
@@ -185,10 +187,12 @@ class Training:
                 row = self._train_epoch(progress)
                 result = self._validate(row) or result
                 self.run.add_epoch(row)
+                self.events.add_epoch(row)
                 self._save(self.run.last, whole=True)
                 progress.write(self._line(row))
                 if on_epoch_end is not None:
                     on_epoch_end(self)
+        self.events.close()
         plot_results(self.run.results, self.run.steps, self.run.root / "results.png")
         return result
 
@@ -213,6 +217,7 @@ class Training:
             for record in steps:
                 records.append(record)
                 log.add({**dataclasses.asdict(record), "epoch": self.epoch + 1})
+                self.events.add_step(record)
                 progress.advance(
                     cls=f"{record.classification:.3f}",
                     box=f"{record.bbox_regression:.3f}",
