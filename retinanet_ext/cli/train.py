@@ -12,13 +12,15 @@ def add_parser(commands) -> None:
         "train a RetinaNet on a data set",
         "  retinanet-ext train VOCdevkit/VOC2012 --arch resnet50 --epochs 12\n"
         "  retinanet-ext train train.json --images photos --val-data val.json --min-size 480 --max-size 640\n"
+        "  retinanet-ext train data.yaml --epochs 50 --run-dir runs/yolo_data\n"
         "  retinanet-ext train cells --arch resnet18 --min-size 240 --max-size 320 "
         "--anchor-sizes 16 32 64 128 256\n"
         "  retinanet-ext train --resume runs/train",
         "Train a RetinaNet from random weights. The run folder receives args.json, results.csv (an epoch a "
-        "row), steps.csv, results.png, problems.txt, weights/last.pt (the whole state, for --resume), "
-        "weights/best.pt (the model of the best validation AP), and of the best epoch "
-        "metrics.json, per_class.csv, PR_curve.png and detections.json.",
+        "row), steps.csv, results.png, labels.png, train_batch*.jpg, problems.txt, weights/last.pt (the whole state, "
+        "for --resume), weights/best.pt (the model of the best validation AP), and of the best epoch metrics.json, "
+        "per_class.csv, detections.json, PR_curve.png, confusion_matrix.png, scores.png and val_batch*.jpg; "
+        "TensorBoard's events where it is installed.",
         # Defaults are TrainConfig's: what is not typed is not there, so that --resume knows what was asked of it.
         argument_default=argparse.SUPPRESS,
     )

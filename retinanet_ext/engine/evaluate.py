@@ -1,6 +1,6 @@
 """COCO evaluation of a model on any data set, overall and for each class, and the validation loss.
 
-faster_coco_eval scores: pycocotools' figures, bit for bit, an order of magnitude sooner.
+faster_coco_eval scores: pycocotools' figures but for the last bit of a precision, several times sooner.
 
 Data sets that are not COCO's are turned into a COCO dictionary in memory. Crowd regions follow COCO's rules;
 objects marked difficult (VOC) count neither when found nor when missed. Images whose pixels turn out to be
