@@ -76,7 +76,7 @@ def test_gradient_of_float64_is_pytorchs(fmt):
         torch.testing.assert_close(gradient, peer, rtol=1e-13, atol=1e-15)
 
 
-# One lane, whole lanes and more, a run of 512 columns and more, rows that go to float64 (128) and chunks of them (1024).
+# One lane, whole lanes and more; rows that go to float64 (128) and chunks of them (1024).
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("shapes", [((1,), (1,)), ((33,), (15,)), ((129,), (16,)), ((1030,), (17,)), ((2100,), (3,))])
 def test_the_cpu_s_gradient_over_lanes_runs_and_chunks(shapes, fmt):

@@ -125,8 +125,9 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
     float32, from the first subtraction on. Two boxes without area have an IoU of NaN (0 / 0).
 
     Differentiable, more than once. The forward pass takes memory for its result alone, the backward pass on the CPU for
-    the boxes' gradients alone; on CUDA, and where it is differentiated in turn, for several ``[..., N, M]`` matrices. There is no forward-mode derivative. Integers, and float64 beside another type, are
-    computed by PyTorch operations, as in torchvision.
+    the boxes' gradients alone; on CUDA, and where it is differentiated in turn, for several ``[..., N, M]`` matrices.
+    There is no forward-mode derivative. Integers, and float64 beside another type, are computed by PyTorch
+    operations, as in torchvision.
 
     Args:
         boxes1: ``[..., N, 4]``.
