@@ -138,6 +138,17 @@ def test_predict_on_folder_file_and_list(trained, data, tmp_path, capsys):
     assert len(content["annotations"]) > 0
     assert {"image_id", "category_id", "bbox", "score", "id"} <= content["annotations"][0].keys()
     assert len(content["images"]) == 4
+    confident = [annotation for annotation in content["annotations"] if annotation["score"] >= 0.005]
+    assert f"4 images, {len(content['annotations'])} detections, {len(confident)} of score 0.005 or more" in out
+    assert "next: no score" not in out
+
+
+def test_predict_says_where_no_score_is_high_enough(trained, data, tmp_path, capsys):
+    argv = ("predict", trained, data / "val", "--min-score", "0.001", "--score", "0.99", "--device", "cpu")
+    status, out, _ = run(capsys, *argv, "--run-dir", tmp_path / "out")
+    assert status == 0
+    best = max(a["score"] for a in json.loads((tmp_path / "out" / "detections.json").read_text())["annotations"])
+    assert f"next: no score reaches --score 0.99; the best is {best:.2f}: draw more with a lower one" in out
 
 
 def test_predict_goes_on_past_an_unreadable_image(trained, data, tmp_path, capsys):

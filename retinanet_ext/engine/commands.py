@@ -149,8 +149,12 @@ def _predict(arguments: argparse.Namespace, run: RunFolder) -> int:
     run.problems.unlink(missing_ok=True)
     run.add_problems(problems)
     write_json(run.root / "detections.json", result.content, indent=None)
-    found = len(result.content["annotations"])
-    print(f"{len(result.content['images'])} images, {found} detections; results: {run.root}")
+    scores = [annotation["score"] for annotation in result.content["annotations"]]
+    confident = f"{sum(score >= arguments.score for score in scores)} of score {arguments.score:g} or more"
+    print(f"{len(result.content['images'])} images, {len(scores)} detections, {confident}; results: {run.root}")
+    if scores and max(scores) < arguments.score:
+        best = f"the best is {max(scores):.2f}"
+        print(f"next: no score reaches --score {arguments.score:g}; {best}: draw more with a lower one")
     if problems:
         print(f"{len(problems)} problems, first: {problems[0]}; all in {run.problems}", file=sys.stderr)
         return 1
