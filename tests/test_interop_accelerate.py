@@ -12,6 +12,7 @@ pytest.importorskip("torchvision", reason="accelerates torchvision's RetinaNet")
 
 from torchvision.models import detection as tv_detection
 from torchvision.models.detection import _utils as det_utils
+from peer_modules import record_calls
 from torchvision_models import (
     FLOODING,
     IMAGES,
@@ -20,7 +21,6 @@ from torchvision_models import (
     TARGETS,
     assert_same_detections,
     images_of,
-    record_calls,
     tiny_retinanet,
 )
 

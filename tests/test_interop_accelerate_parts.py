@@ -16,6 +16,7 @@ from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection import retinanet as tv_retinanet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import boxes as tv_boxes
+from peer_modules import record_calls
 from torchvision_models import (
     ALL,
     IMAGES,
@@ -23,7 +24,6 @@ from torchvision_models import (
     TARGETS,
     assert_same_results,
     boxes_of,
-    record_calls,
     results,
     tiny_retinanet,
 )

@@ -11,6 +11,7 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="patches torchvision")
 
+from peer_modules import assert_same, outcome, record_calls
 from torchvision import ops as tv_ops
 from torchvision import tv_tensors
 
@@ -29,33 +30,7 @@ def patched():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of our operators in the order of their calls."""
-    seen = []
-
-    def recorded(name, function):
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            seen.append(name)
-            return function(*arguments, **options)
-
-        return call
-
-    for name in FUNCTIONS:
-        monkeypatch.setattr(ops, name, recorded(name, getattr(ops, name)))
-    return seen
-
-
-def assert_same(found, expected):
-    """The same bits, type and all."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def outcome(function, *arguments, **options):
-    """What a call returns, or the type and the words of its error."""
-    try:
-        return function(*arguments, **options)
-    except Exception as error:
-        return type(error), str(error)
+    return record_calls(monkeypatch, FUNCTIONS)
 
 
 def assert_same_outcome(name, *arguments, **options):

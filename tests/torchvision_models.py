@@ -87,23 +87,6 @@ LOSS_OPERATORS = ["assign_targets", "multilevel_focal_loss", "box_regression_los
 ALL = [*LOSS_OPERATORS, "detect"]  # in the order that a training and an evaluation step call them
 
 
-def record_calls(monkeypatch, names):
-    """A list that the names of our operators are added to as they are called."""
-    seen = []
-
-    def recorded(name, function):
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            seen.append(name)
-            return function(*arguments, **options)
-
-        return call
-
-    for name in names:
-        monkeypatch.setattr(ops, name, recorded(name, getattr(ops, name)))
-    return seen
-
-
 def results(model):
     """Losses and detections, or the error that came instead."""
     found = []

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..reference.focal_loss import autocast_enabled
 from . import detectron2_stock as stock
 from .detectron2_retinanet import ACCELERATION
-from .ordinary import are_ordinary
+from .ordinary import HALVES, are_ordinary
 from .patching import FunctionReplacement, Group, MethodsReplacement, Replacement
 
 _FVCORE = ("detectron2", "fvcore")
@@ -30,7 +31,7 @@ def _batched_nms(
     if (
         _BATCHED_NMS.held
         and are_ordinary(boxes, scores)
-        and scores.dtype == torch.float32  # the boxes become float32, and the operator takes one type
+        and _becomes_float32(scores)  # as the boxes do: the operator takes one type
         and isinstance(idxs, Tensor)
         and not idxs.is_complex()
         and idxs.device == boxes.device
@@ -39,8 +40,12 @@ def _batched_nms(
         and scores.shape == idxs.shape == boxes.shape[:1]
         and isinstance(iou_threshold, Real)
     ):
-        return ops.batched_nms(boxes.float(), scores, idxs, iou_threshold)
+        return ops.batched_nms(boxes.float(), scores.float(), idxs, iou_threshold)
     return _BATCHED_NMS.original(boxes, scores, idxs, iou_threshold)
+
+
+def _becomes_float32(scores: Tensor) -> bool:
+    return scores.dtype == torch.float32 or (scores.dtype in HALVES and autocast_enabled(scores))
 
 
 def _pairwise_iou(boxes1, boxes2) -> Tensor:

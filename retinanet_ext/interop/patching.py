@@ -65,7 +65,8 @@ class FunctionReplacement(Replacement):
         self.replacement = functools.update_wrapper(replacement, self.declared, updated=())
         self.replacement.__wrapped__ = original
         # What torch.jit.script compiles in its place, also inside other functions.
-        self.replacement.__prepare_scriptable__ = lambda: original
+        functions = [function for function in (original, self.declared) if inspect.isfunction(function)]
+        self.replacement.__prepare_scriptable__ = lambda: (functions or [original])[0]
         self.replacement.__retinanet_ext_original__ = original
         self._sites: list[tuple[ModuleType, str]] = []
 
