@@ -1,4 +1,4 @@
-"""A small detectron2 RetinaNet, of the installed detectron2 or of what stands in for it, and something to train it on."""
+"""A small detectron2 RetinaNet, of the installed detectron2 or of its stand-in, and something to train it on."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="accelerates torchvision's RetinaNet")
 
+from peer_modules import record_calls
 from torchvision.models import detection as tv_detection
 from torchvision.models.detection import _utils as det_utils
-from peer_modules import record_calls
 from torchvision_models import (
     FLOODING,
     IMAGES,

@@ -13,8 +13,8 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="accelerates torchvision's RetinaNet")
 
-from torchvision.models import detection as tv_detection
 from peer_modules import record_calls
+from torchvision.models import detection as tv_detection
 from torchvision_models import (
     ALL,
     IMAGES,

@@ -11,12 +11,12 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="accelerates torchvision's RetinaNet")
 
+from peer_modules import record_calls
 from torchvision.models import detection as tv_detection
 from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection import retinanet as tv_retinanet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import boxes as tv_boxes
-from peer_modules import record_calls
 from torchvision_models import (
     ALL,
     IMAGES,

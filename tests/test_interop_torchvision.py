@@ -15,7 +15,6 @@ from peer_modules import assert_same, outcome, record_calls
 from torchvision import ops as tv_ops
 from torchvision import tv_tensors
 
-from retinanet_ext import ops
 from retinanet_ext.interop.torchvision import REPLACEMENTS
 
 FUNCTIONS = ("nms", "batched_nms", "sigmoid_focal_loss", "box_iou")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 
 import torch
@@ -10,8 +9,6 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
-
-from retinanet_ext import ops
 
 NUM_CLASSES = 7
 CHANNELS = 32

@@ -6,9 +6,11 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from ..layers import cat
 from ..structures import Boxes
 
+_CLAMP = math.log(1000.0 / 16)
+
 
 class Box2BoxTransform:
-    def __init__(self, weights, scale_clamp=math.log(1000.0 / 16)):
+    def __init__(self, weights, scale_clamp=_CLAMP):
         self.weights = weights
         self.scale_clamp = scale_clamp
 
