@@ -49,6 +49,15 @@ def importable(*names: str) -> Iterator[None]:
                     vars(interop).pop(attribute if package == interop.__name__ else None, None)
 
 
+def forget_adapters(monkeypatch, peer: str) -> None:
+    """The adapters to a peer are loaded anew in this test."""
+    prefix = f"{interop.__name__}."
+    for name in [name for name in sys.modules if name.startswith(prefix + peer)]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(interop, name.removeprefix(prefix), None)  # put back afterwards, whatever is loaded
+        delattr(interop, name.removeprefix(prefix))
+
+
 def _complete_mmcv() -> None:
     """mmcv-lite has no compiled operators, and its releases without an mmcv of theirs are newer than mmdet takes."""
     import mmcv

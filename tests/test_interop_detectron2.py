@@ -6,7 +6,16 @@ import sys
 
 import pytest
 import torch
-from peer_modules import assert_same, attributes, changes, importable, is_installed, outcome, record_calls
+from peer_modules import (
+    assert_same,
+    attributes,
+    changes,
+    forget_adapters,
+    importable,
+    is_installed,
+    outcome,
+    record_calls,
+)
 
 import retinanet_ext
 
@@ -249,8 +258,7 @@ def test_a_detectron2_that_is_not_installed(monkeypatch):
 def test_a_release_without_dense_detectors_is_refused_by_name(monkeypatch):
     import detectron2.modeling.meta_arch.retinanet as retinanet
 
-    for name in [name for name in sys.modules if name.startswith("retinanet_ext.interop.detectron2")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget_adapters(monkeypatch, "detectron2")
     monkeypatch.setattr(retinanet, "RetinaNet", type("RetinaNet", (torch.nn.Module,), {"losses": None}))
     with pytest.raises(RuntimeError, match=r"detectron2: expected release 0\.6 or newer.*without forward_training"):
         retinanet_ext.patch("detectron2")

@@ -6,7 +6,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from peer_modules import assert_same, attributes, changes, importable, is_installed, outcome, record_calls
+from peer_modules import (
+    assert_same,
+    attributes,
+    changes,
+    forget_adapters,
+    importable,
+    is_installed,
+    outcome,
+    record_calls,
+)
 
 import retinanet_ext
 
@@ -85,8 +94,7 @@ def test_another_signature_is_refused(monkeypatch, peers):
     import mmcv.ops.focal_loss as focal_loss
 
     monkeypatch.setattr(focal_loss.SigmoidFocalLossFunction, "forward", staticmethod(lambda ctx, input, target: None))
-    for name in [name for name in sys.modules if name.startswith("retinanet_ext.interop.mm")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget_adapters(monkeypatch, "mmcv")
     with pytest.raises(
         RuntimeError, match=r"sigmoid_focal_loss: expected \(input, target, gamma=2\.0.*in the releases of mmcv"
     ):

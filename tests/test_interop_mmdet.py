@@ -80,7 +80,8 @@ def test_a_patch_leaves_nothing_behind():
             ("mmcv.ops", "sigmoid_focal_loss"),
             ("mmdet.models.losses.focal_loss", "sigmoid_focal_loss"),
             ("mmdet.models.losses.focal_loss", "_sigmoid_focal_loss"),
-            ("mmdet.models.losses", "py_sigmoid_focal_loss"),
+            ("mmdet.models.losses", "sigmoid_focal_loss"),
+            ("mmdet.models.losses.focal_loss", "py_sigmoid_focal_loss"),
             ("mmdet.models.losses.focal_loss.FocalLoss", "forward"),
             ("mmdet.models.task_modules.assigners.max_iou_assigner.MaxIoUAssigner", "assign"),
         }

@@ -58,7 +58,7 @@ def assign(self, pred_instances, gt_instances, gt_instances_ignore=None, **kwarg
         min_pos_iou=self.min_pos_iou,
     )[0].long()
     gt_inds = torch.where(matched == -2, -1, matched + 1)
-    labels = torch.where(matched >= 0, gt_labels[matched.clamp(min=0)].long(), -1)
+    labels = torch.where(matched >= 0, gt_labels[matched.clamp(min=0)], -1)
     return LazyAssignResult(len(gt_bboxes), gt_inds, labels, priors.detach(), gt_bboxes.detach())
 
 
@@ -91,7 +91,7 @@ def _are_ours(priors: object, gt_bboxes: object, gt_labels: object) -> bool:
         return False
     if any(boxes.dim() != 2 or boxes.shape[1] != 4 or len(boxes) == 0 for boxes in (priors, gt_bboxes)):
         return False
-    if type(gt_labels) is not Tensor or gt_labels.shape != gt_bboxes.shape[:1] or gt_labels.is_complex():
+    if type(gt_labels) is not Tensor or gt_labels.shape != gt_bboxes.shape[:1] or gt_labels.dtype != torch.int64:
         return False
     if not priors.device == gt_bboxes.device == gt_labels.device:
         return False

@@ -1,3 +1,3 @@
-from .focal_loss import FocalLoss, py_sigmoid_focal_loss, sigmoid_focal_loss
+from .focal_loss import FocalLoss, sigmoid_focal_loss
 
-__all__ = ["FocalLoss", "py_sigmoid_focal_loss", "sigmoid_focal_loss"]
+__all__ = ["FocalLoss", "sigmoid_focal_loss"]

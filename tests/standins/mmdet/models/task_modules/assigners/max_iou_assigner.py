@@ -48,5 +48,5 @@ class MaxIoUAssigner:
                 if row.max() >= self.min_pos_iou:
                     gt_inds[row == row.max() if self.gt_max_assign_all else row.argmax()] = box + 1
         positive = gt_inds > 0
-        labels[positive] = gt_labels[gt_inds[positive] - 1].long()
+        labels[positive] = gt_labels[gt_inds[positive] - 1]
         return AssignResult(num_gts, gt_inds, max_overlaps, labels)
