@@ -333,6 +333,16 @@ def test_mmcv_itself_was_what_was_compared_with(originals):
     assert "standins" not in inspect.getsourcefile(originals["batched_nms"])
 
 
+def test_an_mmcv_without_operators(monkeypatch):
+    forget_adapters(monkeypatch, "mmcv")
+    for name in [name for name in sys.modules if name.startswith("mmcv.ops")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mmcv._ext", None)
+    monkeypatch.delattr(sys.modules["mmcv"], "_ext")
+    with pytest.raises(ImportError, match="patch: mmcv is installed without its operators"):
+        retinanet_ext.patch("mmcv")
+
+
 def test_an_mmcv_that_is_not_installed(monkeypatch):
     for peer in PACKAGES:
         monkeypatch.setitem(sys.modules, peer, None)

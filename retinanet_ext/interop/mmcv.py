@@ -13,11 +13,19 @@ import sys
 from collections.abc import Callable, Mapping
 from numbers import Real
 
-import mmcv.ops
 import numpy as np
 import torch
-from mmcv.ops.focal_loss import SigmoidFocalLossFunction
 from torch import Tensor
+
+try:
+    import mmcv.ops
+    from mmcv.ops.focal_loss import SigmoidFocalLossFunction
+except ModuleNotFoundError as error:
+    if error.name != "mmcv._ext":
+        raise
+    raise ImportError(
+        "patch: mmcv is installed without its operators here (mmcv-lite), so there is nothing to patch", name=error.name
+    ) from None
 
 from .. import ops
 from .ordinary import are_ordinary

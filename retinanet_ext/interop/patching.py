@@ -71,12 +71,7 @@ class FunctionReplacement(Replacement):
         self._sites: list[tuple[ModuleType, str]] = []
 
     def _install(self) -> None:
-        signature = inspect.signature(self.declared)
-        if _parameters(signature) != _parameters(self.signature):
-            raise RuntimeError(
-                f"patch: {self.replacement.__qualname__}: expected {self.signature}, as in the releases of "
-                f"{self.packages[0]} that this one was made for; the installed one has {signature}"
-            )
+        _check_signature(self.packages[0], self.replacement.__qualname__, self.declared, self.signature)
         self._sites = self._attributes_that_are(self.original)
         for module, name in self._sites:
             setattr(module, name, self.replacement)
@@ -108,8 +103,14 @@ class MethodsReplacement(Replacement):
         self._originals: dict[str, object] = {}
 
     def _install(self) -> None:
+        originals = {name: vars(self.cls).get(name, _MISSING) for name in self.methods}
+        for name, original in originals.items():
+            if original is not _MISSING:
+                package = self.cls.__module__.partition(".")[0]
+                signature = inspect.signature(self.methods[name])
+                _check_signature(package, f"{self.cls.__qualname__}.{name}", original, signature)
+        self._originals = originals
         for name, method in self.methods.items():
-            self._originals[name] = vars(self.cls).get(name, _MISSING)
             setattr(self.cls, name, method)
 
     def _remove(self) -> None:
@@ -148,6 +149,15 @@ class Group(Replacement):
 def original_of(function: object) -> object:
     """The function that a replacement stands in for; any other object is its own."""
     return getattr(function, "__retinanet_ext_original__", function)
+
+
+def _check_signature(package: str, name: str, original: Callable, expected: inspect.Signature) -> None:
+    signature = inspect.signature(original)
+    if _parameters(signature) != _parameters(expected):
+        raise RuntimeError(
+            f"patch: {name}: expected {expected}, as in the releases of {package} that this one was made for; "
+            f"the installed one has {signature}"
+        )
 
 
 def _parameters(signature: inspect.Signature) -> list[tuple[str, object, object]]:
