@@ -104,6 +104,11 @@ def record_calls(monkeypatch, names: Iterable[str]) -> list[str]:
     return seen
 
 
+def random_boxes(count: int, side: float = 100.0) -> torch.Tensor:
+    corners = torch.rand(count, 2) * side
+    return torch.cat([corners, corners + 1 + torch.rand(count, 2) * side], dim=1)
+
+
 def assert_same(found: object, expected: object) -> None:
     """The same bits, type and all."""
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -14,6 +14,7 @@ from peer_modules import (
     importable,
     is_installed,
     outcome,
+    random_boxes,
     record_calls,
 )
 
@@ -170,11 +171,6 @@ def test_the_scripted_loss_in_other_scripted_code(patched, places):
 
 
 # batched_nms
-
-
-def random_boxes(count):
-    corners = torch.rand(count, 2) * 100
-    return torch.cat([corners, corners + 1 + torch.rand(count, 2) * 60], dim=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

@@ -139,6 +139,13 @@ def test_halves_are_computed_in_float32(calls):
     assert found.pred_boxes.tensor.dtype == torch.float32
 
 
+def test_a_float64_model_is_detectron2s_but_for_its_labels(calls):
+    model, accelerated = tiny_retinanet().double(), retinanet_ext.accelerate(tiny_retinanet().double())
+    assert_same_training(accelerated, model)
+    assert_same_detections(detections_of(accelerated), detections_of(model))
+    assert calls == ["match_anchors"]
+
+
 def test_labels_of_anchors_are_bit_equal(calls):
     """Integer boxes on a grid: many overlaps are equal, and one box overlaps no anchor, which floods."""
     from detectron2.structures import Boxes

@@ -14,6 +14,7 @@ from peer_modules import (
     importable,
     is_installed,
     outcome,
+    random_boxes,
     record_calls,
 )
 
@@ -52,11 +53,6 @@ def patched(originals):
 @pytest.fixture
 def calls(monkeypatch):
     return record_calls(monkeypatch, NAMES)
-
-
-def random_boxes(count, side=100.0):
-    corners = torch.rand(count, 2) * side
-    return torch.cat([corners, corners + 1 + torch.rand(count, 2) * side], dim=1)
 
 
 def test_a_patch_reaches_every_place_and_leaves_nothing_behind(originals):

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from peer_modules import attributes, changes, importable, is_installed, outcome, record_calls
+from peer_modules import assert_same, attributes, changes, importable, is_installed, outcome, record_calls
 
 import retinanet_ext
 
@@ -160,6 +160,17 @@ def test_rows_left_out_make_nothing_of_the_size_of_the_logits(losses, monkeypatc
         for weight in ("rows left out", "rows, two dimensions"):
             module(logits, target, WEIGHTS[weight](len(logits)), avg_factor=2)
     assert kinds == ["sum", "none"]
+
+
+def test_what_a_row_that_is_left_out_predicts_is_not_read(losses):
+    logits, target = draw()
+    weight = torch.ones(len(logits))
+    weight[3], logits[3] = 0, float("nan")
+    with retinanet_ext.patch("mmdet"):
+        found, gradient = with_gradient(lambda logits: losses.FocalLoss()(logits, target, weight), logits)
+    rest = losses.FocalLoss(reduction="sum")(logits[weight > 0], target[weight > 0]) / logits.numel()
+    torch.testing.assert_close(found, rest, rtol=1e-5, atol=0)
+    assert_same(gradient[3], torch.zeros(NUM_CLASSES))
 
 
 def test_weights_that_are_learned(losses):

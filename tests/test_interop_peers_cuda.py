@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2_models import batch, instances_of, losses_of, tiny_retinanet
-from peer_modules import assert_same, importable, record_calls
+from peer_modules import assert_same, importable, random_boxes, record_calls
 
 import retinanet_ext
 
@@ -17,7 +17,7 @@ DEVICE = "cuda"
 @pytest.fixture(scope="module", autouse=True)
 def peers():
     with importable("detectron2", "fvcore", "mmcv", "mmdet"):
-        import detectron2.modeling
+        import detectron2.modeling  # noqa: F401
         import mmdet.models.losses
         import mmdet.models.task_modules.assigners  # noqa: F401
 
@@ -28,11 +28,6 @@ def peers():
 def calls(monkeypatch):
     names = ["assign_targets", "match_anchors", "multilevel_focal_loss", "box_regression_loss", "detect"]
     return record_calls(monkeypatch, [*names, "nms", "batched_nms", "sigmoid_focal_loss"])
-
-
-def random_boxes(count):
-    corners = torch.rand(count, 2) * 100
-    return torch.cat([corners, corners + 1 + torch.rand(count, 2) * 60], dim=1)
 
 
 def test_detectron2s_losses(calls):

@@ -11,7 +11,7 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="patches torchvision")
 
-from peer_modules import assert_same, outcome, record_calls
+from peer_modules import assert_same, outcome, random_boxes, record_calls
 from torchvision import ops as tv_ops
 from torchvision import tv_tensors
 
@@ -54,11 +54,6 @@ def test_signature_and_documentation_are_the_originals(name):
 
 
 # nms, batched_nms
-
-
-def random_boxes(count, side=100.0):
-    corners = torch.rand(count, 2) * side
-    return torch.cat([corners, corners + 1 + torch.rand(count, 2) * side], dim=1)
 
 
 def boxes_around_the_threshold(count, iou_threshold):

@@ -7,6 +7,7 @@ and `pairwise_iou` is what makes the matrix elsewhere (proposals, heads). docs/i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 
 import torch
@@ -18,8 +19,6 @@ from . import detectron2_stock as stock
 from .detectron2_retinanet import ACCELERATION
 from .ordinary import HALVES, are_ordinary
 from .patching import FunctionReplacement, Group, MethodsReplacement, Replacement
-
-_FVCORE = ("detectron2", "fvcore")
 
 
 def _batched_nms(
@@ -62,28 +61,22 @@ def _pairwise_iou(boxes1, boxes2) -> Tensor:
     return _PAIRWISE_IOU.original(boxes1, boxes2)
 
 
-def _sigmoid_focal_loss(
-    inputs: Tensor,
-    targets: Tensor,
-    alpha: float = -1,
-    gamma: float = 2,
-    reduction: str = "none",
-) -> Tensor:
-    if _is_focal_loss(inputs, targets, alpha, gamma, reduction):
-        return _focal_loss(inputs, targets, alpha, gamma, reduction)
-    return _SIGMOID_FOCAL_LOSS.original(inputs, targets, alpha, gamma, reduction)
+def _focal_loss_or(original: Callable) -> Callable:
+    """In float32, whatever the inputs are."""
 
+    def sigmoid_focal_loss(
+        inputs: Tensor,
+        targets: Tensor,
+        alpha: float = -1,
+        gamma: float = 2,
+        reduction: str = "none",
+    ) -> Tensor:
+        if _is_focal_loss(inputs, targets, alpha, gamma, reduction):
+            balance = alpha if alpha >= 0 else -1
+            return ops.sigmoid_focal_loss(inputs.float(), targets.float(), balance, gamma, reduction)
+        return original(inputs, targets, alpha, gamma, reduction)
 
-def _sigmoid_focal_loss_jit(
-    inputs: Tensor,
-    targets: Tensor,
-    alpha: float = -1,
-    gamma: float = 2,
-    reduction: str = "none",
-) -> Tensor:
-    if _is_focal_loss(inputs, targets, alpha, gamma, reduction):
-        return _focal_loss(inputs, targets, alpha, gamma, reduction)
-    return _SIGMOID_FOCAL_LOSS_JIT.original(inputs, targets, alpha, gamma, reduction)
+    return sigmoid_focal_loss
 
 
 def _is_focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str) -> bool:
@@ -111,21 +104,19 @@ def _is_target(targets: object, inputs: Tensor) -> bool:
     )
 
 
-def _focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str) -> Tensor:
-    """In float32, whatever the inputs are."""
-    return ops.sigmoid_focal_loss(inputs.float(), targets.float(), alpha if alpha >= 0 else -1, gamma, reduction)
-
-
 _BATCHED_NMS = FunctionReplacement("detectron2", stock.d2_nms.batched_nms, _batched_nms)
 _PAIRWISE_IOU = FunctionReplacement("detectron2", stock.d2_boxes.pairwise_iou, _pairwise_iou)
-_SIGMOID_FOCAL_LOSS = FunctionReplacement(_FVCORE, stock.fv_focal_loss.sigmoid_focal_loss, _sigmoid_focal_loss)
-_SIGMOID_FOCAL_LOSS_JIT = FunctionReplacement(
-    _FVCORE,
-    stock.fv_focal_loss.sigmoid_focal_loss_jit,
-    _sigmoid_focal_loss_jit,
-    declared=stock.fv_focal_loss.sigmoid_focal_loss,
+_FOCAL_LOSSES = Group(
+    *(
+        FunctionReplacement(
+            ("fvcore", "detectron2"),
+            original,
+            _focal_loss_or(original),
+            declared=stock.fv_focal_loss.sigmoid_focal_loss,
+        )
+        for original in (stock.fv_focal_loss.sigmoid_focal_loss, stock.fv_focal_loss.sigmoid_focal_loss_jit)
+    )
 )
-_FOCAL_LOSSES = Group(_SIGMOID_FOCAL_LOSS, _SIGMOID_FOCAL_LOSS_JIT)
 
 REPLACEMENTS: dict[str, Replacement] = {
     "batched_nms": _BATCHED_NMS,

@@ -18,7 +18,8 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 def has_own(instance: object, cls: type, *methods: str) -> bool:
     """Whether the instance runs these methods of ``cls``, and they are those of the module that defines it."""
     return isinstance(instance, cls) and all(
-        getattr(type(instance), name, None) is vars(cls)[name]
+        name in vars(cls)
+        and getattr(type(instance), name, None) is vars(cls)[name]
         and name not in vars(instance)
         and is_of(vars(cls)[name], sys.modules[cls.__module__])
         for name in methods
