@@ -60,10 +60,11 @@ def assert_same_detections(found, expected):
     [
         {},
         {"smooth_l1_beta": 0.1},
+        {"smooth_l1_beta": -1.0},
         {"box_reg_loss_type": "giou"},
         {"focal_loss_alpha": -1.0, "focal_loss_gamma": 0.5},
     ],
-    ids=["l1", "smooth l1", "giou", "other focal loss"],
+    ids=["l1", "smooth l1", "l1 by a negative beta", "giou", "other focal loss"],
 )
 def test_training(calls, options):
     model = tiny_retinanet(**options)
@@ -320,6 +321,15 @@ def test_functions_that_somebody_has_replaced_are_theirs(monkeypatch, calls, mod
     assert_same_training(accelerated, model)
     assert_same_detections(detections_of(accelerated), detections_of(model))
     assert calls == operators
+
+
+def test_a_release_without_some_method_is_left_alone(monkeypatch, calls):
+    from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+
+    monkeypatch.delattr(DenseDetector, "_decode_per_level_predictions")
+    model = tiny_retinanet()
+    assert outcome(detections_of, retinanet_ext.accelerate(tiny_retinanet()))[0] is outcome(detections_of, model)[0]
+    assert calls == []
 
 
 def test_overridden_methods_of_a_subclass_stay(calls):

@@ -292,6 +292,15 @@ def test_the_background_has_weight_1(patched, mmcv_ops):
     torch.testing.assert_close(found, plain * torch.tensor([1.0, 1, 5, 1])[:, None])
 
 
+def test_weights_of_classes_have_no_gradient(patched, mmcv_ops, originals):
+    logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([1, 0, 2, 2])
+    weight = torch.ones(3, requires_grad=True)
+    for loss in (mmcv_ops.sigmoid_focal_loss, originals["sigmoid_focal_loss"]):
+        loss(logits, target, 2.0, 0.25, weight, "sum").backward()
+        assert logits.grad is not None
+        assert weight.grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_focal_loss_keeps_the_type(patched, mmcv_ops, dtype, reduction):

@@ -127,6 +127,14 @@ def test_realistic_boxes_of_both_types(make, calls):
     assert len(calls) == 4  # matches, and the best overlaps as they are asked for
 
 
+def test_priors_without_area_or_the_wrong_way_round(make, calls):
+    """Whose areas may cancel a box's: mmdet's unions are 1e-6 at least."""
+    odd = torch.tensor([[9.0, 0, 0, 9], [0, 0, 0, 9], [9, 9, 0, 0], [4, 4, 4, 4]])
+    boxes = torch.tensor([[20.0, 20, 29, 29], [0, 0, 9, 9]])
+    assert_same_assignment(make(), *arguments(torch.cat([odd, grid_anchors()]), boxes))
+    assert len(calls) == 2
+
+
 def test_best_overlaps_are_computed_when_they_are_asked_for(make, calls):
     with retinanet_ext.patch("mmdet"):
         found = make().assign(*arguments(grid_anchors(), integer_boxes(5)))

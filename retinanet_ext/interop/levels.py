@@ -47,6 +47,6 @@ def rows_at(levels: Levels, indices: Tensor, columns: int) -> Tensor:
         local = (indices - start).clamp(0, count - 1)
         cell, anchor = local // per_cell, local % per_cell
         found = level.view(batch, per_cell, columns, height, width)[image, anchor, :, cell // width, cell % width]
-        rows = torch.where(((indices >= start) & (indices < start + count))[:, :, None], found, rows)
+        rows = torch.where((indices >= start)[:, :, None], found, rows)  # a later level's replace these
         start += count
     return rows
