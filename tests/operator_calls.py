@@ -27,7 +27,7 @@ class OperatorCall(NamedTuple):
         return self._replace(inputs=tree_map_only(Tensor, lambda tensor: tensor.to(device), self.inputs))
 
     def run(self, function: Callable[..., object] | None = None) -> list[Tensor]:
-        """What it returns, and the gradients of the sum of it; through `function` in place of the operator, if given."""
+        """What it returns, and the gradients of its sum; `function`: in place of the operator."""
         first = tree_map_only(
             Tensor, lambda leaf: leaf.detach().requires_grad_(), self.inputs[: self.num_differentiated]
         )

@@ -1,4 +1,4 @@
-"""Every operator in threads and in processes: several at once, spawned, and forked off one that has used its threads."""
+"""Every operator in several threads at once, and in processes forked off one that has used its threads."""
 
 import multiprocessing
 import os
