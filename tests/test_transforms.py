@@ -104,6 +104,21 @@ def test_compiles_as_one_graph(name):
         assert_same_bits(call.run(compiled), call.run())
 
 
+@pytest.mark.parametrize(
+    "name", ["multilevel_focal_loss", "match_anchors", "box_regression_loss", "nms", "batched_nms"]
+)
+def test_exports(name, calls):
+    """The others: beside each operator."""
+    call = calls[name]
+
+    class Exported(torch.nn.Module):
+        def forward(self, *inputs):
+            return call.function(*inputs)
+
+    program = torch.export.export(Exported(), call.inputs).module()
+    assert_same_bits(tree_flatten(program(*call.inputs))[0], call._replace(num_differentiated=0).run())
+
+
 def test_what_follows_nms_is_in_its_graph(calls):
     boxes, scores, labels = calls["batched_nms"].inputs
     nms = calls["batched_nms"].function
