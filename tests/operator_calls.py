@@ -76,7 +76,7 @@ def operator_calls(seed: int = 0) -> dict[str, OperatorCall]:
         ),
         "match_anchors": OperatorCall(rnx.match_anchors, (anchors, gt_boxes)),
         "assign_targets": OperatorCall(rnx.assign_targets, (anchors, gt_boxes, gt_labels)),
-        "box_iou": OperatorCall(rnx.box_iou, (boxes[:500], boxes[-500:])),
+        "box_iou": OperatorCall(rnx.box_iou, (boxes[:500], boxes[-500:]), 2),
         "encode_boxes": OperatorCall(rnx.encode_boxes, (anchors + 1, anchors), 2),
         "decode_boxes": OperatorCall(rnx.decode_boxes, (normal(num_anchors, 4), anchors), 2),
         "box_regression_loss": OperatorCall(

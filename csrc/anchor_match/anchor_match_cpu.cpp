@@ -75,7 +75,7 @@ template <bool kFirstPass, typename T>
 void run_pass(MatchWork<T>& work) {
   const PassBody<T, kFirstPass> body{work};
   parallel_for(0, std::min(kStrips, work.sets * work.tiles), 1,
-                              [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
+               [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
 }
 
 template <typename T>

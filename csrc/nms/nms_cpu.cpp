@@ -77,7 +77,7 @@ void suppress_label(const Candidates<T>& candidates, const int32_t* rows, int64_
     if (kept.size() > 0) {
       const TileBody<T> body{candidates, kept, rows + start, suppressed + start};
       parallel_for(0, size, kCandidatesPerTask,
-                                  [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
+                   [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
     }
     run_on_best_isa(SettleBody<T>{candidates, kept, rows + start, suppressed + start, kept.size()}, 0, size);
   }

@@ -1,13 +1,14 @@
-"""Data sets for detection: readers (COCO json, Pascal VOC folders), flips, loaders, and a generated set of
+"""Data sets for detection: readers (COCO json, Pascal VOC folders, YOLO yaml), flips, loaders, and a generated set of
 shapes."""
 
 from .coco import CocoDataset
 from .dataset import DatasetError, DetectionDataset, ImageRecord, Problem, UnreadableImageError, summarise
 from .loader import Batch, EpochShuffle, SampleView, make_loader
-from .open import open_dataset
+from .open import names_splits, open_dataset
 from .shapes import generate_shapes
 from .transforms import Compose, RandomHorizontalFlip, RandomVerticalFlip, sample_rng
 from .voc import VocDataset
+from .yolo import YoloDataset
 
 __all__ = [
     "Batch",
@@ -23,8 +24,10 @@ __all__ = [
     "SampleView",
     "UnreadableImageError",
     "VocDataset",
+    "YoloDataset",
     "generate_shapes",
     "make_loader",
+    "names_splits",
     "open_dataset",
     "sample_rng",
     "summarise",

@@ -20,6 +20,7 @@ from retinanet_ext.data import (
     RandomHorizontalFlip,
     RandomVerticalFlip,
     make_loader,
+    names_splits,
     open_dataset,
     summarise,
 )
@@ -30,12 +31,14 @@ from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers
 from .evaluate import METRICS, Evaluation, evaluate
 from .loop import StepRecord, TrainingError, train_steps
 from .plots import plot_results
+from .plots_labels import plot_labels
 from .progress import Progress
 from .run_folder import RunFolder, RunFolderError, StepLog, write_json
 from .schedule import CLIP_GRAD_NORM, default_rate, default_warmup, make_optimizer, make_scheduler
 from .settings import SettingError
+from .sheets import with_pictures
 
-EXTRAS = ("PIL.Image", "pycocotools.coco", "matplotlib.figure", "tqdm")
+EXTRAS = ("PIL.Image", "faster_coco_eval", "matplotlib.figure", "tqdm")
 
 
 def open_datasets(
@@ -46,7 +49,7 @@ def open_datasets(
     train_set = open_dataset(config.data, config.split, images=config.images, verify=verify)
     sets = [train_set]
     if config.validate_every:
-        if config.val_data is None and Path(config.data).is_file():
+        if config.val_data is None and Path(config.data).is_file() and not names_splits(config.data):
             raise DatasetError(
                 f"{config.data}: a json file holds one split: name the validation set (--val-data), or train "
                 "without one (--no-val)"
@@ -140,6 +143,7 @@ class Training:
             self._restore(checkpoint)
         else:
             self.run.start(config.to_args())
+            plot_labels(self.train_set, self.run.root / "labels.png")
 
     def _resumed_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint of the run; None for a run that ended before it had written one."""
@@ -194,7 +198,7 @@ class Training:
         records: list[StepRecord] = []
         steps = train_steps(
             self.model,
-            self.loader,
+            with_pictures(self.loader, self.run.root, self.train_set.class_names) if self.step == 0 else self.loader,
             self.optimizer,
             self.scheduler,
             self.device,
@@ -252,6 +256,7 @@ class Training:
         )
         self._report_broken(result.problems)
         row.update({name: result.metrics[name] for name in METRICS}, val_seconds=result.seconds)
+        row.update({f"val_{name}": value for name, value in result.losses.items()})
         ap = result.metrics["AP"]
         # No AP: nothing in the validation set counts. Unless an earlier one had an AP, the latest weights are kept.
         no_ap = math.isnan(ap) and math.isinf(self.best)
@@ -263,7 +268,7 @@ class Training:
         if ap > self.best or no_ap or not self.run.best.exists():
             self.best = -math.inf if math.isnan(ap) else ap
             self._save(self.run.best, whole=False)
-            self.run.write_evaluation(result)
+            self.run.write_evaluation(result, self.val_set)
         return result
 
     def _save(self, path: Path, whole: bool) -> None:
