@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+// A C++ program may load the operators without Python: what only the module needs must not be in the way.
+#pragma weak PyModule_Create2
+
 STABLE_TORCH_LIBRARY(retinanet_ext, m) {
   // reduction: 0 none, 1 mean, 2 sum. class_alpha [K] replaces alpha where given.
   m.def(

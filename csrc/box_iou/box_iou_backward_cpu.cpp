@@ -16,6 +16,7 @@
 #include "box_iou/box_iou_gradient.h"
 #include "box_iou/box_iou_runs.h"
 #include "common/cpu_dispatch.h"
+#include "common/parallel.h"
 
 namespace retinanet_ext {
 namespace {
@@ -185,8 +186,8 @@ void rows_gradient(const GradientArgs<T>& args) {
   const int64_t task_rows = std::clamp<int64_t>(kTaskPairs / columns, 1, kTaskRows);
   const int64_t groups = (args.boxes.first.count + task_rows - 1) / task_rows;
   const RowsBody<T> body{args, task_rows, groups};
-  torch::stable::parallel_for(0, args.boxes.batch * groups, kTasksPerThread,
-                              [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
+  parallel_for(0, args.boxes.batch * groups, kTasksPerThread,
+               [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
 }
 
 template <typename T>
@@ -197,8 +198,8 @@ void columns_gradient(const GradientArgs<T>& args) {
   const int64_t chunks = (boxes.first.count + kChunkRows - 1) / kChunkRows;
   std::vector<IouGradient<double>> partial(static_cast<size_t>(boxes.batch * chunks * columns));
   const ColumnsBody<T> body{args, runs, chunks, partial.data()};
-  torch::stable::parallel_for(0, boxes.batch * chunks * runs, 1,
-                              [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
+  parallel_for(0, boxes.batch * chunks * runs, 1,
+               [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
   for (int64_t image = 0; image < boxes.batch; ++image) {
     const int64_t offset = broadcast_offsets(boxes.batch_dims, image).second;
     for (int64_t column = 0; column < columns; ++column) {

@@ -11,6 +11,7 @@
 #include "box_iou/box_iou_runs.h"
 #include "common/cpu_dispatch.h"
 #include "common/huge_pages.h"
+#include "common/parallel.h"
 #include "common/streaming.h"
 
 namespace retinanet_ext {
@@ -116,7 +117,7 @@ void run(const BoxIouArgs& args, Tensor& result) {
     run_on_best_isa(body, begin, end);
     if (body.streams) stream_fence();
   };
-  torch::stable::parallel_for(0, tasks.count, kTasksPerThread, work);
+  parallel_for(0, tasks.count, kTasksPerThread, work);
 }
 
 Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2, int64_t format) {
