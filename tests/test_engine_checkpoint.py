@@ -186,5 +186,5 @@ def test_rng_state_round_trip(tmp_path):
 
 
 def test_unknown_architecture():
-    with pytest.raises(ValueError, match="arch: expected one of resnet18, resnet34, resnet50, resnet101, got 'vgg'"):
+    with pytest.raises(ValueError, match=r"backbone: expected one of resnet18, resnet34, .*, got 'vgg'"):
         build_model({**CONFIG, "arch": "vgg"})

@@ -29,6 +29,7 @@ MAKERS = {
     34: models.retinanet_resnet34_fpn,
     50: models.retinanet_resnet50_fpn,
     101: models.retinanet_resnet101_fpn,
+    152: models.retinanet_resnet152_fpn,
 }
 TORCHVISION_NORMS = {"batch": nn.BatchNorm2d, "frozen_batch": TorchvisionFrozenBatchNorm2d}
 

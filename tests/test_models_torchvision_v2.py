@@ -7,7 +7,7 @@ from torch import nn
 
 from retinanet_ext import models
 from retinanet_ext.models.fpn import FeaturePyramid
-from retinanet_ext.models.resnet import Bottleneck, resnet50
+from retinanet_ext.models.resnet import Bottleneck, make_resnet
 
 NUM_CLASSES = 5
 SMALL = {"min_size": 64, "max_size": 112}
@@ -88,7 +88,7 @@ def test_p7_of_p6_without_relu():
 def test_bottlenecks_that_stride_in_their_first_convolution():
     """The same weights and sizes, another place of the stride."""
     for early, strides in ((True, (2, 1)), (False, (1, 2))):
-        model = resnet50(stride_in_1x1=early)
+        model = make_resnet("resnet50", stride_in_1x1=early)
         first = [stage[0] for stage in (model.layer2, model.layer3, model.layer4)]
         assert all(isinstance(block, Bottleneck) for block in first)
         assert {(block.conv1.stride[0], block.conv2.stride[0]) for block in first} == {strides}

@@ -2,6 +2,9 @@
 
 import argparse
 
+from retinanet_ext.models import BACKBONES, PRESETS
+from retinanet_ext.models.resnet import NORMS
+
 from .options import DATA_HELP, add_anchors, add_checks, add_machine, new_command
 
 
@@ -41,8 +44,14 @@ def add_parser(commands) -> None:
     )
     add_checks(data)
     model = command.add_argument_group("model")
-    model.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "resnet101"), help="(default: resnet50)")
-    model.add_argument("--norm", choices=("batch", "frozen_batch", "group"), help="(default: batch)")
+    model.add_argument("--arch", choices=BACKBONES, help="the backbone (default: resnet50)")
+    model.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="whose anchors, losses, matching and limits the model has, see docs/models.md (default: torchvision's, "
+        "matching as this library's)",
+    )
+    model.add_argument("--norm", choices=tuple(NORMS), help="of the backbone (default: batch)")
     model.add_argument(
         "--min-size",
         type=int,

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from retinanet_ext.models import RetinaNetConfig, build_retinanet
+
 FORMAT = "retinanet_ext.checkpoint"
 VERSION = 1
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
 class CheckpointError(ValueError):
@@ -28,20 +29,12 @@ class CheckpointError(ValueError):
 
 
 def build_model(config: dict[str, Any]) -> nn.Module:
-    """The RetinaNet of a model configuration: `arch`, and the keyword arguments of its builder.
+    """The RetinaNet of a model configuration: the dictionary of a `RetinaNetConfig`, or part of one, the rest being its
+    defaults.
 
-    Raises ValueError for an unknown `arch` or an argument the builder refuses.
+    Raises ValueError for what is no part of one, and for a value out of its range.
     """
-    from retinanet_ext import models
-
-    arguments = dict(config)
-    arch = arguments.pop("arch", None)
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-    for name in ("anchor_sizes", "aspect_ratios", "image_mean", "image_std"):
-        if isinstance(arguments.get(name), Sequence):
-            arguments[name] = _tuples(arguments[name])
-    return getattr(models, f"retinanet_{arch}_fpn")(**arguments)
+    return build_retinanet(RetinaNetConfig.from_dict(config))
 
 
 def write_atomically(path: str | Path, write) -> None:
@@ -91,6 +84,7 @@ def save_checkpoint(
         "version": VERSION,
         "torch": str(torch.__version__),
         "model": model.state_dict(),
+        "buffers": _other_buffers(model),
         "model_config": model_config,
         "class_names": list(class_names),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
@@ -173,10 +167,25 @@ def load_model(
     checkpoint = load_checkpoint(path)
     model = build_model({**checkpoint["model_config"], **changes})
     try:
-        model.load_state_dict(checkpoint["model"])
+        load_state(model, checkpoint)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: the weights do not fit the model they name: {error}") from error
     return model.to(device).eval(), checkpoint["class_names"], checkpoint
+
+
+def load_state(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """The weights of a checkpoint, and the buffers that no state dict has: a running normalizer of the losses. Raises
+    RuntimeError where the weights do not fit."""
+    model.load_state_dict(checkpoint["model"])
+    own = _other_buffers(model)
+    for name, value in checkpoint.get("buffers", {}).items():  # files of earlier versions have none
+        if name in own:
+            own[name].copy_(value)
+
+
+def _other_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
 
 
 def rng_state() -> dict[str, Any]:
@@ -206,7 +215,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-
-
-def _tuples(value):
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from retinanet_ext.models import PRESETS, RetinaNetConfig
+from retinanet_ext.models.anchors import octave_sizes
+from retinanet_ext.models.config import truncates_sizes
+
 from .run_folder import RunFolder, RunFolderError
 from .settings import SettingError, check_count, check_probability, check_sizes
 
@@ -18,6 +22,7 @@ class TrainConfig:
     """Everything that defines a run; written to args.json. None: chosen from the rest, see `resolve`. A wrong value
     raises SettingError.
 
+    `preset`: whose conventions the model has, see `RetinaNetConfig.preset`; None: the defaults of `RetinaNetConfig`.
     `data`, `images`, `split`: see `data.open_dataset`; `val_*` likewise, `val_data` None: `data`.
     `anchor_sizes`: the smallest anchor side of each of the five levels in pixels; each level has it times 1,
     2^(1/3) and 2^(2/3). `min_size`: sides the shorter image side is resized to; of several, training draws
@@ -33,6 +38,7 @@ class TrainConfig:
     val_images: str | None = None
     val_split: str = "val"
     validate_every: int = 1
+    preset: str | None = None
     arch: str = "resnet50"
     norm: str = "batch"
     min_size: tuple[int, ...] = (800,)
@@ -58,6 +64,8 @@ class TrainConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise SettingError("preset", f"expected one of {', '.join(PRESETS)}, got {self.preset!r}")
         for name in ("epochs", "batch_size"):
             check_count(name, getattr(self, name))
         for name in ("seed", "validate_every", "clip_grad_norm", "warmup_steps", "workers", "weight_decay"):
@@ -84,21 +92,23 @@ class TrainConfig:
         return {**asdict(self), **paths}
 
     def model_config(self, num_classes: int) -> dict[str, Any]:
-        """What `checkpoint.build_model` takes."""
-        return {
-            "arch": self.arch,
+        """What `checkpoint.build_model` takes: the dictionary of a `RetinaNetConfig`."""
+        values = {
             "num_classes": num_classes,
+            "backbone": self.arch,
             "norm": self.norm,
-            "min_size": list(self.min_size) if len(self.min_size) > 1 else self.min_size[0],
+            "min_size": self.min_size if len(self.min_size) > 1 else self.min_size[0],
             "max_size": self.max_size,
-            "anchor_sizes": octaves(self.anchor_sizes),
-            "aspect_ratios": list(self.aspect_ratios),
+            "anchor_sizes": octave_sizes(self.anchor_sizes, truncates_sizes(self.preset)),
+            "aspect_ratios": self.aspect_ratios,
         }
+        config = RetinaNetConfig(**values) if self.preset is None else RetinaNetConfig.preset(self.preset, **values)
+        return config.to_dict()
 
 
 def octaves(sizes: Iterable[float]) -> list[list[int]]:
     """Anchor sizes of each level: s, s * 2^(1/3), s * 2^(2/3), truncated to integers as torchvision's are."""
-    return [[int(size), int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))] for size in sizes]
+    return [list(level) for level in octave_sizes(sizes)]
 
 
 def resolve_device(name: str) -> torch.device:

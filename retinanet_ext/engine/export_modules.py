@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models import RetinaNet
-from ..models.anchors import cell_anchors
 
 SIZE_DIVISIBLE = 32
 
@@ -40,19 +39,24 @@ class _GridAnchors(nn.Module):
     def __init__(self, model: RetinaNet):
         super().__init__()
         generator = model.anchor_generator
-        cells = torch.stack([cell_anchors(sizes, generator.aspect_ratios) for sizes in generator.sizes])
-        self.register_buffer("cells", cells)  # [L, A, 4]
+        self.register_buffer("cells", torch.stack(generator.cell_anchors()))  # [L, A, 4]
+        self.strides = generator.strides or (None,) * len(self.cells)
+        self.offset = generator.offset
 
     def forward(self, images: Tensor, levels: list[Tensor]) -> Tensor:
         anchors = []
-        for cell, level in zip(self.cells, levels, strict=True):
+        for cell, stride, level in zip(self.cells, self.strides, levels, strict=True):
             height, width = level.shape[-2:]
-            y = torch.arange(height, device=images.device) * (images.shape[-2] // height)
-            x = torch.arange(width, device=images.device) * (images.shape[-1] // width)
+            y = self._centers(height, images.shape[-2] // height if stride is None else stride, images.device)
+            x = self._centers(width, images.shape[-1] // width if stride is None else stride, images.device)
             y, x = torch.meshgrid(y, x, indexing="ij")
             centers = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
             anchors.append((centers + cell).reshape(-1, 4))
         return torch.cat(anchors)
+
+    def _centers(self, count: int, stride: float, device: torch.device) -> Tensor:
+        cells = torch.arange(count, device=device)
+        return (cells + self.offset if self.offset else cells) * stride
 
 
 class ExportedNetwork(nn.Module):
@@ -96,6 +100,7 @@ class ExportedDetector(ExportedNetwork):
             "topk_per_level": model.topk_candidates,
             "nms_thresh": model.nms_thresh,
             "max_detections": model.detections_per_img,
+            "clip_before_nms": model.clip_before_nms,
         }
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

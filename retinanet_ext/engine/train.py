@@ -26,7 +26,7 @@ from retinanet_ext.data import (
 )
 from retinanet_ext.data.extras import require, require_all
 
-from .checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint, set_rng_state
+from .checkpoint import CheckpointError, build_model, load_checkpoint, load_state, save_checkpoint, set_rng_state
 from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers
 from .evaluate import METRICS, Evaluation, evaluate
 from .event_log import EventLog
@@ -162,7 +162,7 @@ class Training:
     def _restore(self, checkpoint: dict[str, Any] | None) -> None:
         where = "from the start: no epoch was finished"
         if checkpoint is not None:
-            self.model.load_state_dict(checkpoint["model"])
+            load_state(self.model, checkpoint)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             set_rng_state(checkpoint["rng"])

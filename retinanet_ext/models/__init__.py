@@ -1,31 +1,46 @@
 """A thin RetinaNet on the operators of this library."""
 
 from .anchors import AnchorGenerator
-from .fpn import BackboneWithFPN, FeaturePyramid
-from .heads import RetinaNetHead
-from .resnet import FrozenBatchNorm2d, ResNet
-from .retinanet import (
-    RetinaNet,
+from .build import (
+    build_retinanet,
     retinanet_resnet18_fpn,
     retinanet_resnet34_fpn,
     retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
     retinanet_resnet101_fpn,
+    retinanet_resnet152_fpn,
+    retinanet_resnext50_32x4d_fpn,
+    retinanet_resnext101_64x4d_fpn,
 )
+from .config import PRESETS, RetinaNetConfig
+from .fpn import BackboneWithFPN, FeaturePyramid
+from .heads import RetinaNetHead
+from .normalizers import LossNormalizer
+from .resnet import BACKBONES, FrozenBatchNorm2d, ResNet, SyncBatchNorm2d
+from .retinanet import RetinaNet
 from .transform import ImageTransform
 
 __all__ = [
+    "BACKBONES",
+    "PRESETS",
     "AnchorGenerator",
     "BackboneWithFPN",
     "FeaturePyramid",
     "FrozenBatchNorm2d",
     "ImageTransform",
+    "LossNormalizer",
     "ResNet",
     "RetinaNet",
+    "RetinaNetConfig",
     "RetinaNetHead",
+    "SyncBatchNorm2d",
+    "build_retinanet",
     "retinanet_resnet18_fpn",
     "retinanet_resnet34_fpn",
     "retinanet_resnet50_fpn",
     "retinanet_resnet50_fpn_v2",
     "retinanet_resnet101_fpn",
+    "retinanet_resnet152_fpn",
+    "retinanet_resnext50_32x4d_fpn",
+    "retinanet_resnext101_64x4d_fpn",
 ]

@@ -1,4 +1,5 @@
-"""ResNet (He et al., 2015, arXiv 1512.03385) as a backbone: images in, C3, C4 and C5 out.
+"""ResNet (He et al., 2015, arXiv 1512.03385) and ResNeXt (Xie et al., 2016, arXiv 1611.05431) as backbones: images in,
+C3, C4 and C5 out.
 
 The bottleneck strides in its 3x3 convolution ("v1.5"), as torchvision's does, or in its first 1x1 convolution, as
 the paper's and the MSRA weights of detectron2 do. Modules are named as torchvision names them, so that state dicts
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Norm = Callable[[int], nn.Module]
@@ -48,6 +50,33 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{len(self.weight)}, eps={self.eps}"
 
 
+class SyncBatchNorm2d(nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm`, and BatchNorm wherever there is nobody to share statistics with: outside of a process
+    group, in a group of one, in evaluation; there it works on the CPU too.
+
+    Args:
+        num_features: channels of the input ``[B, C, H, W]``.
+
+    Raises:
+        RuntimeError: training of several processes on the CPU, where torch has no shared statistics.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and _group_size(self.process_group) > 1):
+            return nn.modules.batchnorm._BatchNorm.forward(self, x)
+        if x.device.type == "cpu":
+            raise RuntimeError(
+                'norm: "sync_batch" shares statistics between processes on GPUs alone, got an input on the CPU in a '
+                f'group of {_group_size(self.process_group)}: use "batch", or for few images a process "group" or '
+                '"frozen_batch"'
+            )
+        return super().forward(x)
+
+
+def _group_size(group: Any) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
 def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(32, channels)
 
@@ -56,11 +85,14 @@ NORMS: dict[str, Norm] = {
     "batch": nn.BatchNorm2d,
     "frozen_batch": FrozenBatchNorm2d,
     "group": _group_norm,
+    "sync_batch": SyncBatchNorm2d,
 }
 
 
-def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False
+    )
 
 
 class BasicBlock(nn.Module):
@@ -76,7 +108,11 @@ class BasicBlock(nn.Module):
         shortcut: nn.Module | None,
         norm: Norm,
         stride_in_1x1: bool = False,  # it has none
+        groups: int = 1,
+        group_width: int = 64,
     ):
+        if (groups, group_width) != (1, 64):
+            raise ValueError(f"groups, group_width: a basic block has 1 and 64, got {groups}, {group_width}")
         super().__init__()
         self.conv1 = _conv(in_channels, planes, 3, stride)
         self.bn1 = norm(planes)
@@ -94,7 +130,7 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """1x1 down, 3x3, 1x1 up, and a shortcut; the 3x3 strides, or the first 1x1. ``[B, C, H, W]`` to
-    ``[B, 4 * planes, H/s, W/s]``."""
+    ``[B, 4 * planes, H/s, W/s]``. ResNeXt's 3x3 has several groups of channels."""
 
     expansion = 4
 
@@ -106,13 +142,16 @@ class Bottleneck(nn.Module):
         shortcut: nn.Module | None,
         norm: Norm,
         stride_in_1x1: bool = False,
+        groups: int = 1,
+        group_width: int = 64,
     ):
         super().__init__()
-        self.conv1 = _conv(in_channels, planes, 1, stride if stride_in_1x1 else 1)
-        self.bn1 = norm(planes)
-        self.conv2 = _conv(planes, planes, 3, 1 if stride_in_1x1 else stride)
-        self.bn2 = norm(planes)
-        self.conv3 = _conv(planes, planes * self.expansion, 1)
+        width = planes * group_width // 64 * groups
+        self.conv1 = _conv(in_channels, width, 1, stride if stride_in_1x1 else 1)
+        self.bn1 = norm(width)
+        self.conv2 = _conv(width, width, 3, 1 if stride_in_1x1 else stride, groups)
+        self.bn2 = norm(width)
+        self.conv3 = _conv(width, planes * self.expansion, 1)
         self.bn3 = norm(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut
@@ -133,6 +172,7 @@ class ResNet(nn.Module):
         depths: how many blocks each of the four stages has.
         norm: makes a normalisation layer for a number of channels.
         stride_in_1x1: bottlenecks stride in their first 1x1 convolution.
+        groups, group_width: of a bottleneck's 3x3 convolution in the first stage; each stage doubles the width.
 
     Attributes:
         out_channels: channels of C3, C4 and C5.
@@ -144,6 +184,8 @@ class ResNet(nn.Module):
         depths: tuple[int, int, int, int],
         norm: Norm = nn.BatchNorm2d,
         stride_in_1x1: bool = False,
+        groups: int = 1,
+        group_width: int = 64,
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
@@ -151,10 +193,11 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         widths = [64, *(planes * block.expansion for planes in (64, 128, 256, 512))]
-        self.layer1 = _stage(block, widths[0], 64, depths[0], 1, norm, stride_in_1x1)
-        self.layer2 = _stage(block, widths[1], 128, depths[1], 2, norm, stride_in_1x1)
-        self.layer3 = _stage(block, widths[2], 256, depths[2], 2, norm, stride_in_1x1)
-        self.layer4 = _stage(block, widths[3], 512, depths[3], 2, norm, stride_in_1x1)
+        options = {"norm": norm, "stride_in_1x1": stride_in_1x1, "groups": groups, "group_width": group_width}
+        self.layer1 = _stage(block, widths[0], 64, depths[0], 1, **options)
+        self.layer2 = _stage(block, widths[1], 128, depths[1], 2, **options)
+        self.layer3 = _stage(block, widths[2], 256, depths[2], 2, **options)
+        self.layer4 = _stage(block, widths[3], 512, depths[3], 2, **options)
         self.out_channels = tuple(widths[2:])
 
         for module in self.modules():
@@ -178,33 +221,45 @@ def _stage(
     depth: int,
     stride: int,
     norm: Norm,
-    stride_in_1x1: bool,
+    **options: Any,
 ) -> nn.Sequential:
     """``depth`` blocks, of which the first strides and changes the number of channels."""
     out_channels = planes * block.expansion
     shortcut = None
     if stride != 1 or in_channels != out_channels:
         shortcut = nn.Sequential(_conv(in_channels, out_channels, 1, stride), norm(out_channels))
-    blocks = [block(in_channels, planes, stride, shortcut, norm, stride_in_1x1)]
-    blocks += [block(out_channels, planes, 1, None, norm) for _ in range(depth - 1)]
+    blocks = [block(in_channels, planes, stride, shortcut, norm, **options)]
+    blocks += [block(out_channels, planes, 1, None, norm, **options) for _ in range(depth - 1)]
     return nn.Sequential(*blocks)
 
 
-def resnet18(norm: Norm = nn.BatchNorm2d, stride_in_1x1: bool = False) -> ResNet:
-    """ResNet-18 with random weights."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), norm, stride_in_1x1)
+# block, depths, groups, group_width
+_BACKBONES = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), 1, 64),
+    "resnet152": (Bottleneck, (3, 8, 36, 3), 1, 64),
+    "resnext50_32x4d": (Bottleneck, (3, 4, 6, 3), 32, 4),
+    "resnext101_64x4d": (Bottleneck, (3, 4, 23, 3), 64, 4),
+}
+BACKBONES = tuple(_BACKBONES)
 
 
-def resnet34(norm: Norm = nn.BatchNorm2d, stride_in_1x1: bool = False) -> ResNet:
-    """ResNet-34 with random weights."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), norm, stride_in_1x1)
+def make_resnet(name: str, norm: str = "batch", stride_in_1x1: bool = False) -> ResNet:
+    """The backbone of that name with random weights.
 
+    Args:
+        name: one of `BACKBONES`.
+        norm: one of `NORMS`.
+        stride_in_1x1: see `ResNet`.
 
-def resnet50(norm: Norm = nn.BatchNorm2d, stride_in_1x1: bool = False) -> ResNet:
-    """ResNet-50 with random weights."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), norm, stride_in_1x1)
-
-
-def resnet101(norm: Norm = nn.BatchNorm2d, stride_in_1x1: bool = False) -> ResNet:
-    """ResNet-101 with random weights."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), norm, stride_in_1x1)
+    Raises:
+        ValueError: another name or norm.
+    """
+    if name not in _BACKBONES:
+        raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {tuple(NORMS)}, got {norm!r}")
+    block, depths, groups, group_width = _BACKBONES[name]
+    return ResNet(block, depths, NORMS[norm], stride_in_1x1, groups, group_width)

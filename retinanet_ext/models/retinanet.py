@@ -2,13 +2,13 @@
 
 Conventions, names, defaults, weights, losses and detections are those of
 ``torchvision.models.detection.retinanet_resnet50_fpn`` and ``retinanet_resnet50_fpn_v2``: state dicts load both ways
-without conversion. `retinanet_ext.interop` reads the checkpoints of other implementations.
+without conversion. `RetinaNetConfig.preset` has the conventions of other implementations, and `retinanet_ext.interop`
+reads their checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.anchor_match import POLICIES
 from .anchors import DEFAULT_ASPECT_RATIOS, DEFAULT_SIZES, AnchorGenerator
-from .fpn import BackboneWithFPN
+from .config import RetinaNetConfig
 from .heads import RetinaNetHead
-from .resnet import NORMS, resnet18, resnet34, resnet50, resnet101
+from .normalizers import LossNormalizer
 from .targets import check_images, check_targets
 from .transform import ImageBatch, ImageTransform, resize_boxes
 
@@ -42,10 +42,12 @@ class RetinaNet(nn.Module):
         image_mean, image_std: of each channel, for images in 0..1; ImageNet's by default.
         anchor_sizes: for each level, in pixels of the resized image.
         aspect_ratios: height / width, at every level.
+        anchor_strides, anchor_rounding, anchor_offset, anchor_order: see `AnchorGenerator`.
         score_thresh: detections have a score above this.
         nms_thresh: of two detections of a class with an IoU above this only the better one stays.
         detections_per_img: at most so many detections an image.
         topk_candidates: at most so many candidates a level, before suppression.
+        clip_before_nms: whether boxes are clipped to their image before suppression or, as in detectron2, after it.
         fg_iou_thresh: an anchor with at least this IoU with a box is trained on that box.
         bg_iou_thresh: an anchor with less than this IoU with every box is background.
         match_policy: how boxes that no anchor fits get theirs, see `retinanet_ext.ops.match_anchors`;
@@ -53,8 +55,10 @@ class RetinaNet(nn.Module):
         head_norm: of the subnets: "none", or "group" for GroupNorm of 32 groups.
         box_loss: "l1", "smooth_l1" or "giou", see `retinanet_ext.ops.box_regression_loss`.
         box_loss_beta: where smooth L1 turns from a parabola into a line.
+        loss_normalizer: what the losses are divided by, see `retinanet_ext.models.normalizers`.
 
     Attributes:
+        config: the `RetinaNetConfig` it was built from, None where it was built by hand.
         last_num_foreground: after a training step, int32 ``[B]``: foreground anchors of each image. None
             before.
 
@@ -73,18 +77,25 @@ class RetinaNet(nn.Module):
         image_std: Sequence[float] | None = None,
         anchor_sizes: Sequence[Sequence[float]] = DEFAULT_SIZES,
         aspect_ratios: Sequence[float] = DEFAULT_ASPECT_RATIOS,
+        anchor_strides: Sequence[float] | None = None,
+        anchor_rounding: str = "pixels",
+        anchor_offset: float = 0.0,
+        anchor_order: str = "ratio",
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 300,
         topk_candidates: int = 1000,
+        clip_before_nms: bool = True,
         fg_iou_thresh: float = 0.5,
         bg_iou_thresh: float = 0.4,
         match_policy: str = "safe",
         head_norm: str = "none",
         box_loss: str = "l1",
         box_loss_beta: float = 1 / 9,
+        loss_normalizer: str = "per_image",
     ):
         super().__init__()
+        self.config: RetinaNetConfig | None = None
         if num_classes < 1:
             raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
         if match_policy not in POLICIES:
@@ -104,15 +115,24 @@ class RetinaNet(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.transform = ImageTransform(min_size, max_size, image_mean, image_std)
-        self.anchor_generator = AnchorGenerator(anchor_sizes, aspect_ratios)
+        self.anchor_generator = AnchorGenerator(
+            anchor_sizes,
+            aspect_ratios,
+            strides=anchor_strides,
+            rounding=anchor_rounding,
+            offset=anchor_offset,
+            order=anchor_order,
+        )
         self.backbone = backbone
         self.head = RetinaNetHead(backbone.out_channels, self.anchor_generator.num_anchors, num_classes, norm=head_norm)
+        self.loss_normalizer = LossNormalizer(loss_normalizer)
 
         self.num_classes = num_classes
         self.score_thresh = score_thresh
         self.nms_thresh = nms_thresh
         self.detections_per_img = detections_per_img
         self.topk_candidates = topk_candidates
+        self.clip_before_nms = clip_before_nms
         self.fg_iou_thresh = fg_iou_thresh
         self.bg_iou_thresh = bg_iou_thresh
         self.match_policy = match_policy
@@ -164,7 +184,7 @@ class RetinaNet(nn.Module):
         batch: ImageBatch,
         targets: Sequence[Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """The mean over images of each image's loss per foreground anchor."""
+        """The sums over images of each image's loss by its normalizer."""
         gt_boxes = [
             resize_boxes(target["boxes"].to(anchors.dtype), original_size, size)
             for target, original_size, size in zip(targets, batch.original_sizes, batch.sizes, strict=True)
@@ -179,7 +199,7 @@ class RetinaNet(nn.Module):
             gt_ignore=_ignore_masks(targets),
         )
         self.last_num_foreground = assigned.num_foreground
-        normalizer = len(targets) * assigned.num_foreground.clamp(min=1).to(anchors.dtype)
+        normalizer = self.loss_normalizer(assigned.num_foreground, anchors.dtype)
         return {
             "classification": ops.multilevel_focal_loss(
                 cls_logits, assigned.labels, alpha=_FOCAL_ALPHA, gamma=_FOCAL_GAMMA, normalizer=normalizer
@@ -207,6 +227,7 @@ class RetinaNet(nn.Module):
             topk_per_level=self.topk_candidates,
             nms_thresh=self.nms_thresh,
             max_detections=self.detections_per_img,
+            clip_before_nms=self.clip_before_nms,
         )
         return [
             {
@@ -226,58 +247,3 @@ def _ignore_masks(targets: Sequence[Mapping[str, Tensor]]) -> list[Tensor] | Non
         torch.zeros_like(target["labels"], dtype=torch.bool) if target.get("ignore") is None else target["ignore"]
         for target in targets
     ]
-
-
-_RESNETS = {18: resnet18, 34: resnet34, 50: resnet50, 101: resnet101}
-
-
-def _retinanet_resnet_fpn(depth: int, num_classes: int, norm: str, kwargs: dict[str, Any]) -> RetinaNet:
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {tuple(NORMS)}, got {norm!r}")
-    body = _RESNETS[depth](NORMS[norm], kwargs.pop("stride_in_1x1", False))
-    pyramid = {name: kwargs.pop(name) for name in ("p6_from", "p7_relu") if name in kwargs}
-    return RetinaNet(BackboneWithFPN(body, **pyramid), num_classes, **kwargs)
-
-
-def retinanet_resnet18_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
-    """RetinaNet on ResNet-18; see `retinanet_resnet50_fpn`."""
-    return _retinanet_resnet_fpn(18, num_classes, norm, kwargs)
-
-
-def retinanet_resnet34_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
-    """RetinaNet on ResNet-34; see `retinanet_resnet50_fpn`."""
-    return _retinanet_resnet_fpn(34, num_classes, norm, kwargs)
-
-
-def retinanet_resnet50_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
-    """RetinaNet on ResNet-50 with P3 to P7, with random weights; nothing is ever downloaded.
-
-    The weights of ``torchvision.models.detection.retinanet_resnet50_fpn`` load as they are:
-    ``model.load_state_dict(torchvision_model.state_dict())``. (torchvision's COCO_V1 checkpoint was trained
-    with ``norm="frozen_batch"`` and wants ``eps`` of 0 in each of those layers, which torchvision sets when
-    it loads it.)
-
-    Args:
-        num_classes: ``K``; 91 is what torchvision's COCO weights have.
-        norm: the normalisation of the ResNet: "batch", trainable BatchNorm; "frozen_batch", fixed statistics,
-            for weights that were trained elsewhere; "group", GroupNorm of 32 groups, for batches of one or
-            two images.
-        **kwargs: of `RetinaNet`; and ``p6_from``, ``p7_relu``, see `FeaturePyramid`; ``stride_in_1x1``, see `ResNet`.
-
-    Raises:
-        ValueError: an unknown ``norm``, or an argument out of its range.
-    """
-    return _retinanet_resnet_fpn(50, num_classes, norm, kwargs)
-
-
-def retinanet_resnet50_fpn_v2(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
-    """`retinanet_resnet50_fpn` as torchvision's ``retinanet_resnet50_fpn_v2`` has it: P6 made from C5, GroupNorm in the
-    subnets, GIoU as the box loss. That model's weights load as they are."""
-    return _retinanet_resnet_fpn(
-        50, num_classes, norm, {"p6_from": "c5", "head_norm": "group", "box_loss": "giou", **kwargs}
-    )
-
-
-def retinanet_resnet101_fpn(num_classes: int = 91, *, norm: str = "batch", **kwargs: Any) -> RetinaNet:
-    """RetinaNet on ResNet-101; see `retinanet_resnet50_fpn`."""
-    return _retinanet_resnet_fpn(101, num_classes, norm, kwargs)
