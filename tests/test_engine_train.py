@@ -33,6 +33,7 @@ def tiny(data, **changes):
     settings = {
         "data": str(data),
         "arch": "resnet18",
+        "preset": "detectron2",  # its losses have a state of their own, which a resumed run must go on with
         "min_size": (32, 40),
         "max_size": 64,
         "anchor_sizes": (8, 16, 32, 64, 128),
@@ -117,6 +118,10 @@ def test_run_folder_is_complete(full_run, data):
         "triangle",
         "star",
     ]
+    running = 100.0
+    for step in steps:
+        running = 0.9 * running + 0.1 * 2 * float(step["foreground"])  # of two images
+    assert load_checkpoint(run.last)["buffers"]["loss_normalizer.average"].item() == pytest.approx(running, rel=1e-5)
     assert load_model(run.best)[1] == ["disc", "square", "triangle", "star"]
 
 

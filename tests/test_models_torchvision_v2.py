@@ -33,7 +33,7 @@ def both():
             nn.init.normal_(module.bias, 0.0, 0.2)
     nn.init.normal_(theirs.head.regression_head.bbox_reg.weight, std=0.03)
     nn.init.normal_(theirs.head.classification_head.cls_logits.weight, std=0.03)
-    ours = models.retinanet_resnet50_fpn_v2(NUM_CLASSES, match_policy="torchvision", **SMALL)
+    ours = models.build_retinanet(models.RetinaNetConfig.preset("torchvision_v2", NUM_CLASSES, **SMALL))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
 
