@@ -83,6 +83,15 @@ def test_sync_batch_norm_of_one_process_is_batch_norm(norms):
     assert_same_step(norms)
 
 
+def test_sync_batch_norm_compiles_as_one_graph(norms):
+    synced, _, x = norms
+    torch.compiler.reset()
+    compiled = torch.compile(synced, fullgraph=True, backend="eager")
+    for training in (True, False):
+        synced.train(training)
+        torch.testing.assert_close(compiled(x), synced(x))
+
+
 def test_sync_batch_norm_in_a_group_of_one(norms, tmp_path):
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo, by which processes on CPUs talk")
@@ -97,7 +106,7 @@ def test_sync_batch_norm_of_several_processes_on_the_cpu(norms, monkeypatch):
     synced, _, x = norms
     monkeypatch.setattr(resnet, "_group_size", lambda group: 2)
     with pytest.raises(
-        RuntimeError, match=r'norm: "sync_batch" .* got an input on the CPU in a group of 2: use "batch"'
+        ValueError, match=r'norm: "sync_batch" .* got an input on the CPU in a group of 2: use "batch"'
     ):
         synced.train()(x)
     synced.eval()(x)

@@ -3,6 +3,8 @@ the configuration that holds them."""
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,8 +83,8 @@ def test_anchors_by_hand(name, built):
 
 
 def test_detectrons_published_anchors():
-    """Those in the comments of Detectron's (and py-faster-rcnn's) generate_anchors, of MATLAB: the first pixel is 1, and
-    a box counts its last one in."""
+    """Those in the comments of Detectron's (and py-faster-rcnn's) generate_anchors, of MATLAB: the first pixel is 1,
+    and a box counts its last one in."""
     generator = AnchorGenerator(((128, 256, 512),), strides=(16,), rounding="strides", offset=0.5, order="ratio")
     anchors = generator((16, 16), [(1, 1)])
     published = [(-83, -39, 100, 56), (-175, -87, 192, 104), (-359, -183, 376, 200), (-55, -55, 72, 72)]
@@ -364,3 +366,28 @@ def test_two_forwards_before_one_backward():
         sum(alone(IMAGES, targets).values()).backward()
     for one, other in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_snippet_of_the_documentation():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    names = {}
+    with torch.device("meta"):
+        exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    assert names["model"].config == names["config"]
+    assert names["config"].norm == "frozen_batch"
+    table = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert [cell.partition("`")[0] for cell in table[0][1:]] == list(PRESETS)
+    rows = {row[0]: row[1:] for row in table}
+    configs = [RetinaNetConfig.preset(name) for name in PRESETS]
+    assert rows["P6 from"] == [config.p6_from.upper() for config in configs]
+    assert rows["matching"] == [config.match_policy for config in configs]
+    assert rows["losses divided by"] == [config.loss_normalizer for config in configs]
+    assert rows["detections an image"] == [str(config.detections_per_img) for config in configs]
+    assert rows["order of the anchors"] == [
+        {"ratio": "ratio, size", "size": "size, ratio"}[config.anchor_order] for config in configs
+    ]
+
+
+def test_images_are_normalised_by_imagenets_statistics_unless_told():
+    assert RetinaNetConfig(image_mean=None, image_std=None) == RetinaNetConfig()
+    assert RetinaNetConfig().to_dict()["image_mean"] == [0.485, 0.456, 0.406]

@@ -13,6 +13,7 @@ from typing import Any
 
 from .anchors import DEFAULT_ASPECT_RATIOS, DEFAULT_SIZES, DEFAULT_SMALLEST_SIZES, octave_sizes
 from .resnet import BACKBONES, NORMS
+from .transform import IMAGENET_MEAN, IMAGENET_STD
 
 _EXACT_ANCHORS = {
     "anchor_sizes": octave_sizes(DEFAULT_SMALLEST_SIZES, truncated=False),
@@ -71,8 +72,8 @@ def truncates_sizes(preset: str | None) -> bool:
 class RetinaNetConfig:
     """The arguments of a `RetinaNet` with a ResNet and a feature pyramid; `build_retinanet` builds it.
 
-    Sequences become tuples. The defaults are torchvision's ``retinanet_resnet50_fpn``, except that a box which touches
-    no anchor changes nothing (``match_policy="safe"``).
+    Sequences become tuples, and an ``image_mean`` or ``image_std`` of None ImageNet's. The defaults are torchvision's
+    ``retinanet_resnet50_fpn``, except that a box which touches no anchor changes nothing (``match_policy="safe"``).
 
     Attributes:
         num_classes: ``K``.
@@ -96,8 +97,8 @@ class RetinaNetConfig:
     head_norm: str = "none"
     min_size: int | tuple[int, ...] = 800
     max_size: int = 1333
-    image_mean: tuple[float, ...] | None = None
-    image_std: tuple[float, ...] | None = None
+    image_mean: tuple[float, ...] = IMAGENET_MEAN
+    image_std: tuple[float, ...] = IMAGENET_STD
     anchor_sizes: tuple[tuple[float, ...], ...] = DEFAULT_SIZES
     aspect_ratios: tuple[float, ...] = DEFAULT_ASPECT_RATIOS
     anchor_strides: tuple[float, ...] | None = None
@@ -121,6 +122,9 @@ class RetinaNetConfig:
             raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
         if self.norm not in NORMS:
             raise ValueError(f"norm: expected one of {tuple(NORMS)}, got {self.norm!r}")
+        for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         for field in fields(self):
             object.__setattr__(self, field.name, _tuples(getattr(self, field.name)))
 

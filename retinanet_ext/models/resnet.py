@@ -58,14 +58,14 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
         num_features: channels of the input ``[B, C, H, W]``.
 
     Raises:
-        RuntimeError: training of several processes on the CPU, where torch has no shared statistics.
+        ValueError: training of several processes on the CPU, where torch has no shared statistics.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and _group_size(self.process_group) > 1):
             return nn.modules.batchnorm._BatchNorm.forward(self, x)
         if x.device.type == "cpu":
-            raise RuntimeError(
+            raise ValueError(
                 'norm: "sync_batch" shares statistics between processes on GPUs alone, got an input on the CPU in a '
                 f'group of {_group_size(self.process_group)}: use "batch", or for few images a process "group" or '
                 '"frozen_batch"'
