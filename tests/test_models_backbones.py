@@ -62,7 +62,7 @@ def test_a_basic_block_has_no_groups():
         resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), groups=32, group_width=4)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def norms():
     """A layer of each kind with the same weights, and an input."""
     synced, plain = resnet.NORMS["sync_batch"](4), nn.BatchNorm2d(4)
@@ -105,9 +105,7 @@ def test_sync_batch_norm_in_a_group_of_one(norms, tmp_path):
 def test_sync_batch_norm_of_several_processes_on_the_cpu(norms, monkeypatch):
     synced, _, x = norms
     monkeypatch.setattr(resnet, "_group_size", lambda group: 2)
-    with pytest.raises(
-        ValueError, match=r'norm: "sync_batch" .* got an input on the CPU in a group of 2: use "batch"'
-    ):
+    with pytest.raises(ValueError, match=r'norm: "sync_batch" .* got an input on the CPU in a group of 2: use "batch"'):
         synced.train()(x)
     synced.eval()(x)
 
