@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-EXTRAS = {"Pillow": "pillow", "pycocotools": "pycocotools", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+EXTRAS = {name: name.lower() for name in ("Pillow", "faster-coco-eval", "matplotlib", "tqdm", "PyYAML")}
 PEERS = ("torchvision", "mmcv", "detectron2", "apex")
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-for module in ("PIL.Image", "pycocotools", "matplotlib", "tqdm"):
+for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
 from retinanet_ext.cli import main, make_parser  # noqa: E402
@@ -306,7 +306,7 @@ def test_interruption(monkeypatch, data, tmp_path, capsys):
     assert (run_dir / "weights" / "last.pt").is_file()
 
 
-@pytest.mark.parametrize("missing", ["PIL", "pycocotools", "matplotlib", "tqdm"])
+@pytest.mark.parametrize("missing", ["PIL", "faster_coco_eval", "matplotlib", "tqdm"])
 def test_a_missing_extra_is_named_with_its_command(missing, monkeypatch, data, tmp_path, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
@@ -314,7 +314,7 @@ def test_a_missing_extra_is_named_with_its_command(missing, monkeypatch, data, t
     status, _, err = run(capsys, "train", data, "--run-dir", tmp_path / "run", *TINY)
     assert status == 1
     assert 'pip install "retinanet_ext[train]"' in err
-    assert {"PIL": "Pillow"}.get(missing, missing) in err
+    assert {"PIL": "Pillow", "faster_coco_eval": "faster-coco-eval"}.get(missing, missing) in err
     assert not (tmp_path / "run").exists()
 
 

@@ -59,7 +59,7 @@ def voc(tmp_path):
 @pytest.mark.parametrize("class_names", [None, ["dog", "cat"]])
 @pytest.mark.parametrize("categories", [((3, "dog"), (7, "cat"), (9, "dog")), ((9, "dog"), (7, "cat"), (3, "dog"))])
 def test_two_categories_of_one_name_are_one_class(coco, categories, class_names):
-    pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
     from retinanet_ext.engine.evaluate import score_detections
 
     boxes = ([1, 1, 9, 9], [20, 1, 9, 9], [1, 15, 9, 9])

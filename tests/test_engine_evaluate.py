@@ -1,17 +1,21 @@
 """COCO evaluation against cases computed by hand."""
 
+import contextlib
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("pycocotools", reason="pycocotools is not installed")
+pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
 from retinanet_ext.data import generate_shapes, open_dataset
 from retinanet_ext.engine.evaluate import (
+    METRICS,
     coco_results,
     evaluate,
     format_metrics,
@@ -98,6 +102,53 @@ def test_classes_are_counted_apart():
     table = format_metrics(result)
     assert "class4" in table
     assert "0.333" in table
+
+
+def test_figures_go_to_their_class_whatever_the_order_of_the_ids():
+    ground_truth = truth([(1, 2, BOX), (1, 1, OTHER), (2, 1, OTHER)], classes=2, images=2)
+    ground_truth["categories"].reverse()  # the labels' order where a model's classes are given by name
+    result = score_detections(ground_truth, found((1, 2, BOX, 0.9), (1, 1, FAR, 0.8)))
+    assert [(row["class"], row["objects"], row["images"]) for row in result.per_class] == [
+        ("class2", 1, 1),
+        ("class1", 2, 2),
+    ]
+    assert [row["AP50"] for row in result.per_class] == pytest.approx([1.0, 0.0])
+    assert result.precision50[0].tolist() == [1.0, 0.0]
+
+
+def test_the_figures_are_those_of_pycocotools():
+    """Every precision, bit for bit: many images, crowds, objects of all sizes, ties of scores, empty images."""
+    pycocotools = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
+    from pycocotools.cocoeval import COCOeval
+
+    rng = np.random.default_rng(0)
+    objects, detections = [], []
+    for image in range(1, 61):
+        for _ in range(rng.poisson(3)):
+            box = [*rng.uniform(0, 300, 2).tolist(), *np.exp(rng.uniform(2, 5.5, 2)).tolist()]
+            label = int(rng.integers(1, 4))
+            objects.append((image, label, box, {"iscrowd": int(rng.random() < 0.1)}))
+            for _ in range(rng.poisson(4)):
+                near = (np.array(box) * rng.normal(1, 0.06, 4)).clip(1).tolist()
+                detections.append((image, label if rng.random() < 0.8 else 1, near, round(float(rng.random()), 1)))
+    # More than the hundred that count.
+    detections += [(1, 1, [*rng.uniform(0, 300, 2).tolist(), 20.0, 30.0], 0.55) for _ in range(120)]
+    ground_truth, detections = truth(objects, classes=3, images=62), found(*detections)
+    result = score_detections(ground_truth, detections)
+
+    theirs, results = pycocotools.COCO(), None
+    theirs.dataset = {"info": {}, **ground_truth, "annotations": [dict(a) for a in ground_truth["annotations"]]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs.createIndex()
+        results = theirs.loadRes([dict(detection) for detection in detections])
+        scorer = COCOeval(theirs, results, "bbox")
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    assert np.array_equal(result.precision50, scorer.eval["precision"][0, :, :, 0, 2])
+    expected = [*scorer.stats[:9]]
+    assert [result.metrics[name] for name in METRICS] == pytest.approx(expected, abs=1e-12)
+    assert 0.05 < result.metrics["AP"] < 0.9
 
 
 def test_no_detections_and_no_ground_truth():

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-for module in ("PIL.Image", "pycocotools", "matplotlib", "tqdm"):
+for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
 from retinanet_ext.cli import main  # noqa: E402

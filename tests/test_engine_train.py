@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-for module in ("PIL.Image", "pycocotools", "matplotlib", "tqdm"):
+for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
 from retinanet_ext.data import DatasetError, generate_shapes, make_loader, open_dataset  # noqa: E402

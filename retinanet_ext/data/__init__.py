@@ -1,13 +1,14 @@
-"""Data sets for detection: readers (COCO json, Pascal VOC folders), flips, scale jitter, loaders, and a generated
-set of shapes."""
+"""Data sets for detection: readers (COCO json, Pascal VOC folders, YOLO yaml), flips, scale jitter, loaders, and a
+generated set of shapes."""
 
 from .coco import CocoDataset
 from .dataset import DatasetError, DetectionDataset, ImageRecord, Problem, UnreadableImageError, summarise
 from .loader import Batch, EpochShuffle, SampleView, make_loader
-from .open import open_dataset
+from .open import names_splits, open_dataset
 from .shapes import generate_shapes
 from .transforms import Compose, RandomHorizontalFlip, RandomVerticalFlip, ScaleJitter, Transform, sample_rng
 from .voc import VocDataset
+from .yolo import YoloDataset
 
 __all__ = [
     "Batch",
@@ -25,8 +26,10 @@ __all__ = [
     "Transform",
     "UnreadableImageError",
     "VocDataset",
+    "YoloDataset",
     "generate_shapes",
     "make_loader",
+    "names_splits",
     "open_dataset",
     "sample_rng",
     "summarise",

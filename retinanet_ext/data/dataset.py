@@ -255,27 +255,27 @@ def to_tensor(image) -> Tensor:
 
 
 def check_images(
-    candidates: Sequence[tuple[Path, int, Any, Any]], verify: str, problems: list[Problem]
+    candidates: Sequence[tuple[Path, int, Any, Any]], verify: str, problems: list[Problem], sizes: bool = True
 ) -> list[ImageRecord | None]:
     """Open every image file and hold its size against the annotation; None where the image is left out.
 
     `candidates`: (path, image_id, annotated width, annotated height), the sizes None where not given.
     `verify`: "header" reads the size only, "decode" all pixels. An image whose size is not the annotated one
     is left out, since its boxes mean nothing then; one that agrees once turned upright by its EXIF tag is
-    read upright.
+    read upright. `sizes` False: these annotations have none, and speak of every image as it is upright.
     """
     if verify not in ("header", "decode"):
         raise ValueError(f'verify: expected "header" or "decode", got {verify!r}')
     require("PIL.Image")
     with ThreadPoolExecutor(max_workers=8) as pool:
-        results = list(pool.map(lambda candidate: _check_image(*candidate, verify), candidates))
+        results = list(pool.map(lambda candidate: _check_image(*candidate, verify, sizes), candidates))
     for _, problem in results:
         if problem is not None:
             problems.append(problem)
     return [record for record, _ in results]
 
 
-def _check_image(path: Path, image_id: int, annotated_width, annotated_height, verify: str):
+def _check_image(path: Path, image_id: int, annotated_width, annotated_height, verify: str, sizes: bool):
     pil = require("PIL.Image")
     try:
         if not path.is_file():
@@ -288,12 +288,17 @@ def _check_image(path: Path, image_id: int, annotated_width, annotated_height, v
                     _deep_grey(image)
             # Only where it may explain the size: of some formats the tag is found by decoding the whole file.
             turned = (_as_size(annotated_width), _as_size(annotated_height)) == (height, width) != (width, height)
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if turned else 1
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if turned or not sizes else 1
     except (MemoryError, MissingExtraError):
         raise
     except Exception as error:  # as in read_image
         return None, Problem(str(path), "", f"broken image: {_reason(error)}; the image is left out")
     record = ImageRecord(path, image_id, width, height)
+    if not sizes:
+        if orientation in (5, 6, 7, 8):
+            record.width, record.height = height, width
+        record.upright = orientation in range(2, 9)
+        return record, None
     annotated = (_as_size(annotated_width), _as_size(annotated_height))
     if annotated == (width, height):
         return record, None

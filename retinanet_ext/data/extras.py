@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-_PACKAGES = {"PIL": "Pillow", "pycocotools": "pycocotools", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+_PACKAGES = {"PIL": "Pillow", "faster_coco_eval": "faster-coco-eval", "yaml": "PyYAML"}
 
 
 class MissingExtraError(ImportError):

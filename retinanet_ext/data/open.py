@@ -6,6 +6,7 @@ from pathlib import Path
 from .coco import CocoDataset
 from .dataset import DatasetError, DetectionDataset
 from .voc import VocDataset
+from .yolo import YAML_SUFFIXES, YoloDataset
 
 
 def open_dataset(
@@ -21,13 +22,16 @@ def open_dataset(
     `source` is one of
     - a Pascal VOC folder (with `Annotations` and `ImageSets/Main/SPLIT.txt`),
     - a COCO json file; its images lie in `images`, or beside it (see below),
-    - a folder with `annotations/SPLIT.json`, `annotations/instances_SPLIT.json` or `..._SPLIT2017.json`.
+    - a folder with `annotations/SPLIT.json`, `annotations/instances_SPLIT.json` or `..._SPLIT2017.json`,
+    - a YOLO yaml, or a folder with a `data.yaml`.
     Without `images`, the image folder of a json is the first of `SPLIT`, `images/SPLIT`, `SPLIT2017`,
     `images`, in the json's folder or the one above, that exists; the json's own folder otherwise.
 
     Raises DatasetError where `source` is none of these.
     """
     source = Path(source)
+    if source.is_file() and names_splits(source):
+        return YoloDataset(source, split, class_names=class_names, verify=verify)
     if source.is_file():
         return CocoDataset(
             source,
@@ -49,10 +53,17 @@ def open_dataset(
                 class_names=class_names,
                 verify=verify,
             )
+    if (source / "data.yaml").is_file():
+        return YoloDataset(source / "data.yaml", split, class_names=class_names, verify=verify)
     raise DatasetError(
         f"{source}: not a data set: expected a COCO json file, a folder with annotations/{names[0]} "
-        f"(or {names[1]}), or a VOC folder with ImageSets/Main/{split}.txt"
+        f"(or {names[1]}), a VOC folder with ImageSets/Main/{split}.txt, or a YOLO yaml"
     )
+
+
+def names_splits(file: str | Path) -> bool:
+    """Whether a data set's file names its splits, as a YOLO yaml does and a COCO json does not."""
+    return Path(file).suffix.lower() in YAML_SUFFIXES
 
 
 def _guess_images(json_file: Path, split: str) -> Path:

@@ -111,7 +111,7 @@ def _val(arguments: argparse.Namespace, run: RunFolder) -> int:
     run.add_problems(result.problems)
     for problem in result.problems:
         print(f"skipped: {problem}")
-    run.write_evaluation(result)
+    run.write_evaluation(result, dataset)
     print(format_metrics(result))
     each = result.seconds / max(1, result.images)
     print(f"{result.images} images, {each:.3f} s an image; results: {run.root}")

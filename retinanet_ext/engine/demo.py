@@ -11,8 +11,8 @@ from retinanet_ext.data.extras import require_all
 from .checkpoint import load_model
 from .config import TrainConfig, resolve_amp, resolve_device
 from .evaluate import evaluate, format_best
-from .predict import write_label_sheet, write_sheet
 from .run_folder import RunFolder
+from .sheets import spread, write_annotations, write_detections
 from .train import EXTRAS, Training
 
 # Below this AP50 on the held-out images something is wrong with the installation, not with the luck of a run.
@@ -83,10 +83,11 @@ def run_demo(
     model, class_names, checkpoint = load_model(run.best, torch_device)
     val_set = open_dataset(data, "val", class_names=class_names)
     result = evaluate(model, val_set, device=torch_device, amp=amp)
-    run.write_evaluation(result)
+    run.write_evaluation(result, val_set)
     predictions, labels = run_dir / "predictions.jpg", run_dir / "labels.jpg"
-    write_sheet(model, val_set, predictions, device=torch_device, amp=amp)
-    write_label_sheet(val_set, labels)
+    shown = spread(len(val_set), 12)
+    write_detections(val_set, shown, result.detections, predictions, score=0.5)
+    write_annotations(val_set, shown, labels)
     say(format_best(result, checkpoint["epoch"], epochs))
     return DemoResult(
         run_dir,

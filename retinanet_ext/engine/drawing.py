@@ -41,14 +41,18 @@ def enlargement(width: int, height: int) -> float:
     return max(1.0, MIN_SHORT_SIDE / max(1, min(width, height)))
 
 
-def draw_boxes(image, boxes: Sequence[Box], title: str = ""):
-    """A copy of a Pillow image with `boxes` drawn on it, enlarged if it is small; `title` goes on a bar above
-    it."""
+def draw_boxes(image, boxes: Sequence[Box], title: str = "", side: int | None = None):
+    """A copy of a Pillow image with `boxes` drawn on it; `title` goes on a bar above it.
+
+    The copy is enlarged if it is small; with `side`, its longer side has that many pixels, whatever the image's. What
+    is drawn is not scaled with it: it has the size that can be read.
+    """
     pil = require("PIL.Image")
     draw_module = require("PIL.ImageDraw")
-    scale = enlargement(*image.size)
+    scale = enlargement(*image.size) if side is None else side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    picture = image.convert("RGB").resize(size, pil.Resampling.BICUBIC) if scale > 1 else image.convert("RGB")
+    filtering = pil.Resampling.BICUBIC if scale > 1 else pil.Resampling.LANCZOS
+    picture = image.convert("RGB").resize(size, filtering) if size != image.size else image.convert("RGB")
     short = min(picture.size)
     font = _font(max(12, min(28, round(short / 38))))
     line = max(2, round(short / 260))
@@ -78,7 +82,7 @@ def contact_sheet(pictures: Sequence, columns: int = 4, cell: int = 360):
     for picture in pictures:
         scale = cell / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        fitted.append(picture.resize(size, pil.Resampling.LANCZOS))
+        fitted.append(picture if size == picture.size else picture.resize(size, pil.Resampling.LANCZOS))
     gap = 8
     height = max(p.height for p in fitted)
     width = max(p.width for p in fitted)

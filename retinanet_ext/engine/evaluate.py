@@ -1,4 +1,6 @@
-"""COCO evaluation of a model on any data set, with pycocotools, overall and for each class.
+"""COCO evaluation of a model on any data set, overall and for each class, and the validation loss.
+
+faster_coco_eval scores: pycocotools' figures, bit for bit, an order of magnitude sooner.
 
 Data sets that are not COCO's are turned into a COCO dictionary in memory. Crowd regions follow COCO's rules;
 objects marked difficult (VOC) count neither when found nor when missed. Images whose pixels turn out to be
@@ -20,6 +22,8 @@ from torch import nn
 from retinanet_ext.data import DetectionDataset, Problem, make_loader
 from retinanet_ext.data.extras import require
 
+from .validation_loss import MeanLosses, detect_with_losses
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 
 
@@ -30,7 +34,8 @@ class Evaluation:
     `metrics`: COCO's nine that matter, by the names of METRICS. `per_class`: one dictionary a class: name,
     images, objects, AP, AP50, AP75, AR100. `precision50` float64 [101, K]: precision at IoU 0.5 at recall 0,
     0.01, ..., 1; None where the evaluation was read back from files. `detections`: COCO results (image_id,
-    category_id, bbox xywh, score, file_name). `seconds`: predicting alone.
+    category_id, bbox xywh, score, file_name). `losses`: validation loss, by the names of `validation_loss.NAMES`;
+    empty where the model has none. `image_ids`: of the images seen. `seconds`: predicting alone.
     """
 
     metrics: dict[str, float]
@@ -38,6 +43,8 @@ class Evaluation:
     precision50: np.ndarray | None
     detections: list[dict[str, Any]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
+    image_ids: list[int] = field(default_factory=list)
     images: int = 0
     seconds: float = 0.0
 
@@ -54,8 +61,8 @@ def predict_dataset(
     progress=None,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple[list[dict[str, Any]], list[int], list[Problem]]:
-    """COCO results of `model` on every readable image: (detections, ids of the images seen, problems).
+) -> tuple[list[dict[str, Any]], list[int], list[Problem], dict[str, float]]:
+    """COCO results of `model` on every readable image: (detections, ids of the images seen, problems, losses).
 
     `progress` wraps the iterable of batches (tqdm, for instance). Process `rank` of `world_size` takes its share of the
     batches. The model is left in the mode it was in.
@@ -75,18 +82,20 @@ def predict_dataset(
     detections: list[dict[str, Any]] = []
     seen: list[int] = []
     problems: list[Problem] = []
+    losses = MeanLosses()
     for batch in loader if progress is None else progress(loader):
         problems.extend(batch.problems)
         if not batch.images:
             continue
         images = [image.to(device, non_blocking=True) for image in batch.images]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-            outputs = model(images)
+            outputs, of_batch = detect_with_losses(model, images, batch.targets)
+        losses.add(of_batch, len(images))
         for output, target in zip(outputs, batch.targets, strict=True):
             seen.append(target["image_id"])
             detections.extend(coco_results(output, target["image_id"], dataset))
     model.train(was_training)
-    return detections, seen, problems
+    return detections, seen, problems, losses.result()
 
 
 def coco_results(output: dict[str, Any], image_id: int, dataset: DetectionDataset) -> list[dict[str, Any]]:
@@ -119,12 +128,12 @@ def evaluate(
 ) -> Evaluation:
     """Run `model` over `dataset` and score what it finds."""
     start = time.perf_counter()
-    detections, seen, problems = predict_dataset(
+    detections, seen, problems, losses = predict_dataset(
         model, dataset, batch_size=batch_size, device=device, workers=workers, amp=amp, progress=progress
     )
     seconds = time.perf_counter() - start
     result = score_detections(dataset.to_coco(seen), detections)
-    result.problems = problems
+    result.problems, result.losses, result.image_ids = problems, losses, seen
     result.images = len(seen)
     result.seconds = seconds
     return result
@@ -136,9 +145,9 @@ def score_detections(ground_truth: dict[str, Any], detections: Sequence[dict[str
     Annotations with `ignore` 1 and `iscrowd` 0 are difficult objects: they match as objects do, and neither a
     match nor a miss counts. No detections at all is a result (AP 0), no ground truth too (NaN).
     """
-    coco = require("pycocotools.coco")
+    coco = require("faster_coco_eval.core.coco")
     truth, found = coco.COCO(), coco.COCO()
-    # pycocotools writes into the annotations.
+    # The scorer writes into the annotations.
     annotations = [dict(annotation) for annotation in ground_truth["annotations"]]
     truth.dataset = {"info": {}, **ground_truth, "annotations": annotations}
     found.dataset = {
@@ -160,9 +169,12 @@ def score_detections(ground_truth: dict[str, Any], detections: Sequence[dict[str
         scorer.params.imgIds = sorted(image["id"] for image in ground_truth["images"])
         scorer.evaluate()
         scorer.accumulate()
+    # The scorer sorts the classes by their ids; here they are in the order of the labels.
+    ids = [category["id"] for category in categories]
+    order = np.searchsorted(sorted(ids), ids)
     # precision [IoU 10, recall 101, K, area 4, detections 3], recall [IoU 10, K, area 4, detections 3]; -1:
     # no truth.
-    precision, recall = scorer.eval["precision"], scorer.eval["recall"]
+    precision, recall = scorer.eval["precision"][:, :, order], scorer.eval["recall"][:, order]
     metrics = {
         "AP": _mean(precision[:, :, :, 0, 2]),
         "AP50": _mean(precision[0, :, :, 0, 2]),
@@ -174,30 +186,30 @@ def score_detections(ground_truth: dict[str, Any], detections: Sequence[dict[str
         "AR10": _mean(recall[:, :, 0, 1]),
         "AR100": _mean(recall[:, :, 0, 2]),
     }
-    per_class = []
-    for k, category in enumerate(categories):
-        objects = [
-            a
-            for a in ground_truth["annotations"]
-            if a["category_id"] == category["id"] and not (a.get("iscrowd") or a.get("ignore"))
-        ]
-        per_class.append(
-            {
-                "class": category["name"],
-                "images": len({a["image_id"] for a in objects}),
-                "objects": len(objects),
-                "AP": _mean(precision[:, :, k, 0, 2]),
-                "AP50": _mean(precision[0, :, k, 0, 2]),
-                "AP75": _mean(precision[5, :, k, 0, 2]),
-                "AR100": _mean(recall[:, k, 0, 2]),
-            }
-        )
+    images_of: dict[int, list[int]] = {category_id: [] for category_id in ids}
+    for annotation in annotations:
+        if not (annotation.get("iscrowd") or annotation["id"] in scorer.difficult):
+            images_of[annotation["category_id"]].append(annotation["image_id"])
+    per_class = [
+        {
+            "class": category["name"],
+            "images": len(set(images_of[category["id"]])),
+            "objects": len(images_of[category["id"]]),
+            "AP": _mean(precision[:, :, k, 0, 2]),
+            "AP50": _mean(precision[0, :, k, 0, 2]),
+            "AP75": _mean(precision[5, :, k, 0, 2]),
+            "AR100": _mean(recall[:, k, 0, 2]),
+        }
+        for k, category in enumerate(categories)
+    ]
     return Evaluation(metrics, per_class, precision[0, :, :, 0, 2].copy(), list(detections))
 
 
 def format_metrics(result: Evaluation) -> str:
     """The overall figures and a line a class, as a table."""
     lines = ["  ".join(f"{name} {_figure(result.metrics[name])}" for name in METRICS)]
+    if result.losses:
+        lines.append("loss  " + "  ".join(f"{name} {value:.4f}" for name, value in result.losses.items()))
     width = max([len("class"), *(len(row["class"]) for row in result.per_class)])
     lines.append(f"{'class':<{width}}  images  objects     AP   AP50   AP75  AR100")
     for row in result.per_class:
@@ -212,15 +224,13 @@ def format_best(result: Evaluation, epoch: int, epochs: int) -> str:
 
 
 def _scorer_class():
-    """COCOeval that keeps objects marked `ignore` out of the count (pycocotools itself overwrites the
-    mark)."""
+    """COCO's scorer, which overwrites the mark of objects marked `ignore`, with that mark set again."""
 
-    class Scorer(require("pycocotools.cocoeval").COCOeval):
+    class Scorer(require("faster_coco_eval.core.faster_eval_api").COCOeval_faster):
         def _prepare(self):
             super()._prepare()
-            for annotations in self._gts.values():
-                for annotation in annotations:
-                    annotation["ignore"] = int(annotation["iscrowd"] or annotation["id"] in self.difficult)
+            for annotation_id in self.difficult:
+                self.cocoGt.anns[annotation_id]["ignore"] = 1
 
     return Scorer
 

@@ -9,66 +9,51 @@ import numpy as np
 from retinanet_ext.data.extras import require
 
 from .checkpoint import write_atomically
-from .evaluate import Evaluation
-
-# More classes than this are drawn in grey, with the mean over them.
-MAX_NAMED_CLASSES = 12
-
-
-def plot_precision_recall(result: Evaluation, path: Path) -> None:
-    """Precision over recall at IoU 0.5: a curve a class, and their mean."""
-    figure, axes = _figure(7.5, 5)
-    recall = np.linspace(0.0, 1.0, result.precision50.shape[0])
-    known = [k for k, row in enumerate(result.per_class) if not math.isnan(row["AP50"])]
-    named = len(known) <= MAX_NAMED_CLASSES
-    for k in known:
-        row = result.per_class[k]
-        style = {"label": f"{row['class']}  {row['AP50']:.3f}"} if named else {"color": "0.8"}
-        axes.plot(recall, result.precision50[:, k], linewidth=1.4, **style)
-    if known:
-        mean = result.precision50[:, known].mean(axis=1)
-        axes.plot(recall, mean, color="black", linewidth=2.4, label=f"all  {result.metrics['AP50']:.3f}")
-        axes.legend(title="class  AP50", loc="lower left", frameon=False)
-    else:
-        axes.text(0.5, 0.5, "no objects in the ground truth", ha="center", va="center")
-    axes.set(
-        xlim=(0, 1),
-        ylim=(0, 1.03),
-        xlabel="recall",
-        ylabel="precision",
-        title="Precision and recall, IoU 0.5",
-    )
-    _save(figure, path)
 
 
 def plot_results(results_csv: Path, steps_csv: Path, path: Path) -> None:
-    """Losses, foreground anchors, learning rate and validation AP of a run, from its csv files."""
+    """Losses, foreground anchors, learning rate and validation of a run, from its csv files."""
     steps, epochs = _columns(steps_csv), _columns(results_csv)
-    figure, axes = _figure(11, 6.5, rows=2, columns=2)
-    at = steps["step"]
-    for name, colour in (("classification", "tab:blue"), ("bbox_regression", "tab:orange")):
-        axes[0, 0].plot(at, steps[name], color=colour, alpha=0.25, linewidth=0.8)
-        axes[0, 0].plot(*_running_mean(at, steps[name]), color=colour, label=name)
-    axes[0, 0].set(title="loss", xlabel="step", yscale="log")
-    axes[0, 0].legend(frameon=False)
-    axes[0, 1].plot(at, steps["foreground"], color="tab:green", alpha=0.35, linewidth=0.8)
-    axes[0, 1].plot(*_running_mean(at, steps["foreground"]), color="tab:green")
-    axes[0, 1].set(title="foreground anchors an image", xlabel="step")
-    axes[1, 0].plot(at, steps["lr"], color="tab:red")
-    axes[1, 0].set(title="learning rate", xlabel="step")
-    axes[1, 0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for name, marker in (("AP", "o"), ("AP50", "s"), ("AP75", "^")):
-        values = epochs[name]
-        evaluated = ~np.isnan(values)
-        axes[1, 1].plot(epochs["epoch"][evaluated], values[evaluated], marker=marker, markersize=4, label=name)
-    last = max(1.0, epochs["epoch"].max(initial=1.0))
-    axes[1, 1].set(title="validation", xlabel="epoch", xlim=(0.5, last + 0.5), ylim=(0, 1))
-    axes[1, 1].xaxis.get_major_locator().set_params(integer=True)
-    axes[1, 1].legend(frameon=False)
-    _save(figure, path)
+    figure, axes = new_figure(13, 6.5, rows=2, columns=3)
+    _plot_loss(axes[0, 0], steps, epochs, "classification", "tab:blue")
+    _plot_loss(axes[0, 1], steps, epochs, "bbox_regression", "tab:orange")
+    _plot_validation(axes[0, 2], epochs, "AP by IoU", ("AP", "AP50", "AP75"))
+    axes[1, 0].plot(steps["step"], steps["foreground"], color="tab:green", alpha=0.3, linewidth=0.8)
+    axes[1, 0].plot(*_running_mean(steps["step"], steps["foreground"]), color="tab:green")
+    axes[1, 0].set(title="foreground anchors an image", xlabel="step", ylim=(0, None))
+    axes[1, 1].plot(steps["step"], steps["lr"], color="tab:red")
+    axes[1, 1].set(title="learning rate", xlabel="step", ylim=(0, None))
+    axes[1, 1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    _plot_validation(axes[1, 2], epochs, "AP by object size, and recall", ("APs", "APm", "APl", "AR100"))
+    save_figure(figure, path)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+def _plot_loss(axes, steps: dict[str, np.ndarray], epochs: dict[str, np.ndarray], name: str, colour: str) -> None:
+    """One loss: each training step faintly, their running mean, and the validation after each epoch."""
+    axes.plot(steps["step"], steps[name], color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(*_running_mean(steps["step"], steps[name]), color=colour, label="training")
+    validation = epochs.get(f"val_{name}", np.zeros(0))
+    known = np.flatnonzero(~np.isnan(validation))
+    if known.size:
+        style = {"color": "black", "marker": "o", "markersize": 4, "linewidth": 1.2}
+        axes.plot(epochs["step"][known], validation[known], label="validation", **style)
+    axes.set(title=f"{name} loss", xlabel="step", yscale="log")
+    axes.legend(frameon=False)
+
+
+def _plot_validation(axes, epochs: dict[str, np.ndarray], title: str, names: tuple[str, ...]) -> None:
+    """Figures of the validation over the epochs, each with its last value."""
+    for name, marker in zip(names, "os^d", strict=False):
+        known = np.flatnonzero(~np.isnan(epochs[name]))
+        last = f"  {epochs[name][known[-1]]:.3f}" if known.size else "  -"
+        axes.plot(epochs["epoch"][known], epochs[name][known], marker=marker, markersize=4, label=name + last)
+    end = max(1.0, epochs["epoch"].max(initial=1.0))
+    axes.set(title=title, xlabel="epoch", xlim=(0.5, end + 0.5), ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, title="last")
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     require("matplotlib")
     figure_module = require("matplotlib.figure")
     figure = figure_module.Figure(figsize=(width, height), layout="constrained")
@@ -79,7 +64,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
     return figure, axes
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
     write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=120))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from retinanet_ext.data import DetectionDataset, Problem, UnreadableImageError
+from retinanet_ext.data import Problem, UnreadableImageError
 from retinanet_ext.data.dataset import read_image, to_tensor
 from retinanet_ext.data.voc import IMAGE_SUFFIXES
 
-from .drawing import Box, contact_sheet, draw_boxes, save_picture
+from .drawing import Box, draw_boxes, save_picture
 
 
 @dataclass
@@ -125,64 +125,6 @@ def detected_boxes(output: dict[str, Any], class_names: Sequence[str]) -> list[B
             strict=True,
         )
     ]
-
-
-@torch.no_grad()
-def write_sheet(
-    model: nn.Module,
-    dataset: DetectionDataset,
-    path: Path,
-    *,
-    device: str | torch.device = "cpu",
-    score: float = 0.5,
-    count: int = 12,
-    columns: int = 4,
-    amp: bool = False,
-) -> None:
-    """One picture of `count` images of a set, spread over it, with the detections of at least `score`
-    drawn."""
-    model.eval()
-    device = torch.device(device)
-    pictures = []
-    for index in spread(len(dataset), count):
-        try:
-            image, _ = dataset[index]
-        except UnreadableImageError:
-            continue
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-            output = model([image.to(device)])[0]
-        record = dataset.records[index]
-        boxes = [box for box in detected_boxes(output, dataset.class_names) if box.score >= score]
-        pictures.append(draw_boxes(read_image(record.path, upright=record.upright), boxes))
-    if pictures:
-        save_picture(contact_sheet(pictures, columns), path)
-
-
-def write_label_sheet(dataset: DetectionDataset, path: Path, *, count: int = 12, columns: int = 4) -> None:
-    """One picture of `count` images of a set, spread over it, with their annotated boxes; ignored ones
-    dashed."""
-    pictures = []
-    for index in spread(len(dataset), count):
-        record = dataset.records[index]
-        try:
-            picture = read_image(record.path, upright=record.upright)
-        except UnreadableImageError:
-            continue
-        boxes = [
-            Box(xyxy, label, dataset.class_names[label], dashed=ignore)
-            for xyxy, label, ignore in zip(
-                record.boxes.tolist(), record.labels.tolist(), record.ignore.tolist(), strict=True
-            )
-        ]
-        pictures.append(draw_boxes(picture, boxes))
-    if pictures:
-        save_picture(contact_sheet(pictures, columns), path)
-
-
-def spread(size: int, count: int) -> list[int]:
-    """`count` indices spread evenly over `range(size)`, all of them if there are fewer."""
-    count = min(size, count)
-    return [index * size // count for index in range(count)]
 
 
 def _free_name(path: Path, taken: set[str]) -> str:

@@ -1,18 +1,20 @@
 """What a run says and writes down while it goes on: the main process's part; the others' recorders do nothing."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from retinanet_ext.data import DatasetError, DetectionDataset, Problem, summarise
+from retinanet_ext.data import Batch, DatasetError, DetectionDataset, Problem, summarise
 from retinanet_ext.data.extras import require
 
 from .distributed import World
 from .evaluate import Evaluation
 from .loop import StepRecord
 from .plots import plot_results
+from .plots_labels import plot_labels
 from .progress import Progress
 from .run_folder import RunFolder, StepLog, write_json
+from .sheets import with_pictures
 
 
 class EpochMeans:
@@ -48,9 +50,10 @@ class Recorder:
         self.broken: set[str] = set()
         self.kept: list[Problem] = []
 
-    def begin(self, args: dict[str, Any]) -> None:
+    def begin(self, args: dict[str, Any], dataset: DetectionDataset) -> None:
         if self.world.is_main:
             self.run.start(args)
+            plot_labels(dataset, self.run.root / "labels.png")
 
     def go_on(self, args: dict[str, Any], epoch: int, step: int, where: str) -> None:
         if self.world.is_main:
@@ -61,6 +64,10 @@ class Recorder:
     def steps(self, total: int, done: int) -> Progress:
         self.progress = Progress(total, "step", done=done, quiet=not self.world.is_main)
         return self.progress
+
+    def pictured(self, batches: Iterable[Batch], dataset: DetectionDataset) -> Iterable[Batch]:
+        """`batches`; pictures of the first are drawn."""
+        return with_pictures(batches, self.run.root, dataset.class_names) if self.world.is_main else batches
 
     def step_log(self) -> "StepLog | _NoLog":
         return StepLog(self.run.steps) if self.world.is_main else _NoLog()
@@ -83,9 +90,9 @@ class Recorder:
             self.run.add_epoch(row)
             self.progress.write(_epoch_line(row, epochs))
 
-    def evaluation(self, result: Evaluation) -> None:
+    def evaluation(self, result: Evaluation, dataset: DetectionDataset) -> None:
         if self.world.is_main:
-            self.run.write_evaluation(result)
+            self.run.write_evaluation(result, dataset)
 
     def finish(self) -> None:
         if self.world.is_main:

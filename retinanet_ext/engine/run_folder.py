@@ -8,11 +8,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from retinanet_ext.data import Problem
+from retinanet_ext.data import DetectionDataset, Problem
 
 from .checkpoint import write_atomically
 from .evaluate import METRICS, Evaluation
-from .plots import plot_precision_recall
+from .evaluation_pictures import draw_evaluation
+from .validation_loss import NAMES as LOSSES
 
 STEP_COLUMNS = (
     "step",
@@ -35,6 +36,7 @@ EPOCH_COLUMNS = (
     "lr",
     "mean_seconds_per_step",
     "memory_mb",
+    *(f"val_{name}" for name in LOSSES),
     *METRICS,
     "val_seconds",
 )
@@ -151,17 +153,22 @@ class RunFolder:
         with open(self.problems, "a", encoding="utf-8") as stream:
             stream.writelines(f"{problem}\n" for problem in problems)
 
-    def write_evaluation(self, result: Evaluation) -> None:
-        """metrics.json, per_class.csv, detections.json (COCO results) and PR_curve.png."""
+    def write_evaluation(self, result: Evaluation, dataset: DetectionDataset) -> None:
+        """metrics.json, per_class.csv, detections.json (COCO results) and the pictures of `draw_evaluation`."""
         self.root.mkdir(parents=True, exist_ok=True)
         metrics = {name: None if math.isnan(value) else value for name, value in result.metrics.items()}
         write_json(
             self.root / "metrics.json",
-            {**metrics, "images": result.images, "predict_seconds": round(result.seconds, 3)},
+            {
+                **metrics,
+                **{f"val_{name}": value for name, value in result.losses.items()},
+                "images": result.images,
+                "predict_seconds": round(result.seconds, 3),
+            },
         )
         _write_rows(self.root / "per_class.csv", CLASS_COLUMNS, result.per_class)
         write_json(self.root / "detections.json", result.detections, indent=None)
-        plot_precision_recall(result, self.root / "PR_curve.png")
+        draw_evaluation(self.root, result, dataset)
 
     def read_evaluation(self) -> Evaluation | None:
         """The figures of metrics.json and per_class.csv, None where they are not there: an evaluation without
@@ -173,7 +180,9 @@ class RunFolder:
         metrics = {name: math.nan if content[name] is None else content[name] for name in METRICS}
         with open(classes_file, newline="", encoding="utf-8") as stream:
             per_class = [_class_figures(row) for row in csv.DictReader(stream)]
-        return Evaluation(metrics, per_class, None, images=content["images"], seconds=content["predict_seconds"])
+        losses = {name: content[f"val_{name}"] for name in LOSSES if f"val_{name}" in content}
+        seconds = content["predict_seconds"]
+        return Evaluation(metrics, per_class, None, losses=losses, images=content["images"], seconds=seconds)
 
 
 class StepLog:

@@ -21,6 +21,7 @@ from retinanet_ext.data import (
     ScaleJitter,
     Transform,
     make_loader,
+    names_splits,
     open_dataset,
 )
 from retinanet_ext.data.extras import require_all
@@ -39,7 +40,7 @@ from .schedule import CLIP_GRAD_NORM, change_rate, default_warmup, load_optimize
 from .settings import SettingError
 from .stepper import Stepper
 
-EXTRAS = ("PIL.Image", "pycocotools.coco", "matplotlib.figure", "tqdm")
+EXTRAS = ("PIL.Image", "faster_coco_eval", "matplotlib.figure", "tqdm")
 
 
 def open_datasets(
@@ -50,7 +51,7 @@ def open_datasets(
     train_set = open_dataset(config.data, config.split, images=config.images, verify=verify)
     sets = [train_set]
     if config.validate_every:
-        if config.val_data is None and Path(config.data).is_file():
+        if config.val_data is None and Path(config.data).is_file() and not names_splits(config.data):
             raise DatasetError(
                 f"{config.data}: a json file holds one split: name the validation set (--val-data), or train "
                 "without one (--no-val)"
@@ -132,7 +133,7 @@ class Training:
         if resume:
             self._restore(checkpoint)
         else:
-            self.recorder.begin(config.to_args())
+            self.recorder.begin(config.to_args(), self.train_set)
 
     def _check_world(self) -> None:
         config, size = self.config, self.world.size
@@ -250,7 +251,7 @@ class Training:
         every = self.config.save_every
         steps = train_steps(
             self.stepper,
-            self.loader,
+            self.recorder.pictured(self.loader, self.train_set) if self.step == 0 else self.loader,
             first_step=self.step,
             first_batch=self.batches,
             accumulate=self.config.accumulate,
@@ -314,6 +315,7 @@ class Training:
         if self.world.is_main:
             self.recorder.broken_images(result.problems, self.config.strict)
         row.update({name: result.metrics[name] for name in METRICS}, val_seconds=result.seconds)
+        row.update({f"val_{name}": value for name, value in result.losses.items()})
         self._keep_if_best(result)
         return result
 
@@ -330,7 +332,7 @@ class Training:
         if ap > self.best or no_ap or not self.world.share(self.run.best.exists()):
             self.best, self.stale = -math.inf if math.isnan(ap) else ap, 0
             self._save_best()
-            self.recorder.evaluation(result)
+            self.recorder.evaluation(result, self.val_set)
 
     def _used_model(self) -> torch.nn.Module:
         """The model that is evaluated and kept: the average where there is one."""

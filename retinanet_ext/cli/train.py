@@ -1,0 +1,113 @@
+"""`retinanet-ext train`: train a RetinaNet."""
+
+import argparse
+
+from .options import DATA_HELP, add_checks, add_machine, new_command
+
+
+def add_parser(commands) -> None:
+    command = new_command(
+        commands,
+        "train",
+        "train a RetinaNet on a data set",
+        "  retinanet-ext train VOCdevkit/VOC2012 --arch resnet50 --epochs 12\n"
+        "  retinanet-ext train train.json --images photos --val-data val.json --min-size 480 --max-size 640\n"
+        "  retinanet-ext train cells --arch resnet18 --min-size 240 --max-size 320 "
+        "--anchor-sizes 16 32 64 128 256\n"
+        "  retinanet-ext train --resume runs/train",
+        "Train a RetinaNet from random weights. The run folder receives args.json, results.csv (an epoch a "
+        "row), steps.csv, results.png, problems.txt, weights/last.pt (the whole state, for --resume), "
+        "weights/best.pt (the model of the best validation AP), and of the best epoch "
+        "metrics.json, per_class.csv, PR_curve.png and detections.json.",
+        # Defaults are TrainConfig's: what is not typed is not there, so that --resume knows what was asked of it.
+        argument_default=argparse.SUPPRESS,
+    )
+    command.add_argument("data", nargs="?", help=DATA_HELP)
+    data = command.add_argument_group("data")
+    data.add_argument("--images", metavar="DIR", help="the images of a COCO json, if they are not beside it")
+    data.add_argument("--split", help="name of the training split (default: train)")
+    data.add_argument("--val-data", metavar="DATA", help="the validation set, if it is not in DATA")
+    data.add_argument("--val-images", metavar="DIR", help="the images of --val-data (default: --images)")
+    data.add_argument("--val-split", help="name of the validation split (default: val)")
+    data.add_argument("--no-val", action="store_true", help="train without a validation set")
+    data.add_argument(
+        "--val-every",
+        dest="validate_every",
+        type=int,
+        metavar="N",
+        help="validate every N epochs and after the last (default: 1)",
+    )
+    add_checks(data)
+    model = command.add_argument_group("model")
+    model.add_argument("--arch", choices=("resnet18", "resnet34", "resnet50", "resnet101"), help="(default: resnet50)")
+    model.add_argument("--norm", choices=("batch", "frozen_batch", "group"), help="(default: batch)")
+    model.add_argument(
+        "--min-size",
+        type=int,
+        nargs="+",
+        metavar="PX",
+        help="side the shorter image side is resized to; of several, each batch draws one (default: 800)",
+    )
+    model.add_argument("--max-size", type=int, metavar="PX", help="limit of the longer side (default: 1333)")
+    model.add_argument(
+        "--anchor-sizes",
+        type=float,
+        nargs=5,
+        metavar="PX",
+        help="smallest anchor side of the levels P3 to P7, in pixels of the resized image (default: 32 64 "
+        "128 256 512); each level has it times 1, 1.26 and 1.59",
+    )
+    model.add_argument(
+        "--aspect-ratios",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="height / width of the anchors (default: 0.5 1 2)",
+    )
+    recipe = command.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=int, help="(default: 12)")
+    recipe.add_argument("--batch-size", type=int, metavar="N", help="images a step (default: 4)")
+    recipe.add_argument("--optimizer", choices=("adamw", "sgd"), help="(default: adamw)")
+    recipe.add_argument(
+        "--lr", type=float, help="learning rate (default: 3e-4 for adamw, 0.01 x batch size / 16 for sgd)"
+    )
+    recipe.add_argument(
+        "--weight-decay", type=float, help="(default: 0.01 for adamw, 1e-4 for sgd; norms and biases none)"
+    )
+    recipe.add_argument(
+        "--schedule",
+        choices=("cosine", "step"),
+        help="step: a tenth at 8/12 and 11/12 of the run (default: cosine)",
+    )
+    recipe.add_argument(
+        "--warmup-steps",
+        type=int,
+        metavar="N",
+        help="steps of linear warm-up (default: a tenth of the run, at most 500)",
+    )
+    recipe.add_argument(
+        "--clip-grad-norm",
+        type=float,
+        metavar="X",
+        help="limit of the gradient's norm, 0 for none (default: 1 for adamw, none for sgd)",
+    )
+    recipe.add_argument("--hflip", type=float, metavar="P", help="chance of a left-right flip (default: 0.5)")
+    recipe.add_argument("--vflip", type=float, metavar="P", help="chance of a top-bottom flip (default: 0)")
+    recipe.add_argument("--seed", type=int, help="(default: 0)")
+    run = command.add_argument_group("run")
+    run.add_argument(
+        "--run-dir", default=None, metavar="DIR", help="the run folder (default: runs/train, runs/train2, ...)"
+    )
+    run.add_argument(
+        "--resume",
+        default=None,
+        metavar="RUN",
+        help="go on with the run in this folder after its last finished epoch, or from the start if there is none, "
+        "with its own arguments; only --epochs, --device and --workers can be changed",
+    )
+    add_machine(run)
+    run.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="memory layout of images and weights; the faster one on most machines (default: yes)",
+    )
