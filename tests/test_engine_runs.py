@@ -103,12 +103,12 @@ def test_resume_refuses_options_it_would_not_follow(trained, capsys):
     before = contents(trained)
     status, _, err = run(
         capsys,
-        *("train", "--resume", trained, "--lr", "7", "--batch-size", "9", "--norm", "group", "--no-amp"),
+        *("train", "--resume", trained, "--scale-lr", "--batch-size", "9", "--norm", "group", "--ema", "0.9"),
         *("--strict", "--epochs", "3", "--device", "cpu", "--workers", "0"),
     )
     assert status == 2
     named = err.split("cannot be changed")[0]
-    assert all(option in named for option in ("--lr", "--batch-size", "--norm", "--amp", "--strict"))
+    assert all(option in named for option in ("--scale-lr", "--batch-size", "--norm", "--ema", "--strict"))
     assert "--vflip" not in named
     assert "--epochs" not in named
     assert contents(trained) == before

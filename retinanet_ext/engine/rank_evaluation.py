@@ -45,8 +45,7 @@ def evaluate_together(
 
 def mean_losses(shares: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
     """The means over all images, from those of each process over so many; empty where the model has no losses."""
+    if not shares:
+        return {}
     images = sum(count for _, count in shares)
-    return {
-        name: sum(losses[name] * count for losses, count in shares) / images
-        for name in (shares[0][0] if shares else ())
-    }
+    return {name: sum(losses[name] * count for losses, count in shares) / images for name in shares[0][0]}
