@@ -73,17 +73,17 @@ def test_best_follows_the_training_where_validation_has_nothing_to_count(tmp_pat
 
 
 def test_best_is_kept_where_a_later_validation_has_nothing_to_count(trained, tmp_path, monkeypatch):
-    from retinanet_ext.engine import train
+    from retinanet_ext.engine import rank_evaluation
 
     shutil.copytree(trained, tmp_path / "run")
-    evaluate = train.evaluate
+    evaluate = rank_evaluation.evaluate
 
     def without_truth(*args, **kwargs):
         result = evaluate(*args, **kwargs)
         result.metrics["AP"] = math.nan
         return result
 
-    monkeypatch.setattr(train, "evaluate", without_truth)
+    monkeypatch.setattr(rank_evaluation, "evaluate", without_truth)
     config = resume_config(tmp_path / "run", epochs=2)
     Training(config, tmp_path / "run", resume=True, say=lambda _: None).fit()
     assert load_checkpoint(tmp_path / "run" / "weights" / "best.pt")["epoch"] == 1

@@ -151,7 +151,7 @@ def add_parser(commands) -> None:
         "--save-every",
         type=int,
         metavar="STEPS",
-        help="write last.pt every so many steps as well (default: after each epoch alone)",
+        help="write last.pt every so many steps too, not only after each epoch; 0 for no (default: 0)",
     )
     add_machine(run)
     run.add_argument(
