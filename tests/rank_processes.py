@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -12,13 +13,14 @@ from multiprocessing import connection
 import torch
 
 # Of a whole test; a process that waits for one that has gone would wait for an hour.
-SECONDS = 240
+SECONDS = 100
 # A fork has imported everything already, but where CUDA was used it is of no use.
 START = "spawn" if torch.cuda.is_available() else "fork"
 
 
 def _in_process(rank, size, port, pipe, function, arguments):
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(SECONDS, exit=True)  # what it waits for is in the test's output
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),
@@ -51,7 +53,7 @@ def in_processes(size, function, *arguments):
         results = {}
         waiting = {pipe[0]: rank for rank, pipe in enumerate(pipes)}
         while waiting:
-            ready = connection.wait(list(waiting), timeout=SECONDS)
+            ready = connection.wait(list(waiting), timeout=SECONDS + 20)
             assert ready, f"processes {sorted(waiting.values())} hang"
             for end in ready:
                 done, result = pickle.loads(end.recv_bytes())

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import in_processes
-from torch import distributed, nn
+from rank_processes import SECONDS, in_processes
+from small_retinanet import build_small_model, small_model
+from torch import distributed
 
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
@@ -19,14 +20,13 @@ for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
 from retinanet_ext.cli import main  # noqa: E402
 from retinanet_ext.data import Batch, Problem, generate_shapes, open_dataset  # noqa: E402
 from retinanet_ext.engine.checkpoint import load_checkpoint  # noqa: E402
-from retinanet_ext.engine.config import TrainConfig, octaves  # noqa: E402
+from retinanet_ext.engine.config import TrainConfig  # noqa: E402
 from retinanet_ext.engine.distributed import World, joined, started_world  # noqa: E402
 from retinanet_ext.engine.loop import NotFiniteError, train_steps  # noqa: E402
 from retinanet_ext.engine.rank_evaluation import evaluate_together  # noqa: E402
 from retinanet_ext.engine.schedule import make_optimizer, make_scheduler  # noqa: E402
 from retinanet_ext.engine.settings import SettingError, UsageError  # noqa: E402
 from retinanet_ext.engine.stepper import Stepper  # noqa: E402
-from retinanet_ext.models import RetinaNet  # noqa: E402
 
 SIZE = 2
 CPU = torch.device("cpu")
@@ -35,27 +35,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return generate_shapes(tmp_path_factory.mktemp("data"), train_images=6, val_images=3, image_size=32)
-
-
-class Backbone(nn.Module):
-    """Five levels, in milliseconds."""
-
-    out_channels = 8
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 8, 1), nn.GroupNorm(2, 8))
-
-    def forward(self, images):
-        levels = [self.stem(images)]
-        for _ in range(4):
-            levels.append(nn.functional.max_pool2d(levels[-1], 2, ceil_mode=True))
-        return levels
-
-
-def small_model(num_classes=3):
-    torch.manual_seed(0)
-    return RetinaNet(Backbone(), num_classes, min_size=32, max_size=64, anchor_sizes=octaves((8, 16, 32, 64, 128)))
 
 
 def make_batch(count, first=0, bad=None):
@@ -137,16 +116,20 @@ def test_accumulated_batches_are_one_batch(alone):
 
 def fail_in_one_process():
     with joined(started_world()) as world:
-        model = small_model()
-        whole = [make_batch(2, first, bad=5) for first in (0, 2, 4, 6)]
-        batches = [share_of(batch, world.rank, world.size) for batch in whole]
-        batches = [batch._replace(images=[image.float() for image in batch.images]) for batch in batches]
-        steps = train_steps(make_stepper(model, world), batches)
-        done = [next(steps).step, next(steps).step]
-        before = [p.detach().clone() for p in model.parameters()]
-        with pytest.raises(NotFiniteError) as caught:
-            next(steps)
-        return done, str(caught.value), all(map(torch.equal, before, model.parameters())), caught.value.batches
+        return steps_until_failure(world)
+
+
+def steps_until_failure(world):
+    model = small_model()
+    whole = [make_batch(2, first, bad=5) for first in (0, 2, 4, 6)]
+    batches = [share_of(batch, world.rank, world.size) for batch in whole]
+    batches = [batch._replace(images=[image.float() for image in batch.images]) for batch in batches]
+    steps = train_steps(make_stepper(model, world), batches)
+    done = [next(steps).step, next(steps).step]
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(NotFiniteError) as caught:
+        next(steps)
+    return done, str(caught.value), all(map(torch.equal, before, model.parameters())), caught.value.batches
 
 
 def test_a_loss_that_is_not_finite_stops_all_processes_with_one_message():
@@ -205,6 +188,7 @@ def train_in_a_process(argv, stop_after):
         raise AssertionError("this process must not write")
 
     train.Training._save_last = save_and_stop
+    train.build_model = build_small_model
     if os.environ["RANK"] != "0":
         run_folder.write_atomically = run_folder._append_row = train.save_checkpoint = refuse
         run_folder.RunFolder.add_problems = run_folder.StepLog.__init__ = refuse
@@ -214,11 +198,10 @@ def train_in_a_process(argv, stop_after):
         return calls
 
 
-@pytest.fixture(scope="module")
-def argv(data):
-    options = "--arch resnet18 --norm group --min-size 32 40 --max-size 64 --batch-size 3 --device cpu --workers 0"
-    sizes = "--anchor-sizes 8 16 32 64 128 --epochs 1 --save-every 1 --ema 0.9 --optimizer sgd"
-    return ["train", str(data), *options.split(), *sizes.split()]
+def options(data, run):
+    shape = "--arch resnet18 --norm group --min-size 32 40 --max-size 64 --anchor-sizes 8 16 32 64 128 --batch-size 3"
+    recipe = "--epochs 1 --save-every 1 --ema 0.9 --optimizer sgd --device cpu --workers 0"
+    return ["train", str(data), *shape.split(), *recipe.split(), "--run-dir", str(run)]
 
 
 def rows(path):
@@ -226,33 +209,35 @@ def rows(path):
         return [{**row, "seconds": ""} for row in csv.DictReader(stream)]
 
 
-def test_two_processes_train_resume_and_write_one_run(data, argv, tmp_path):
-    """Torchrun itself starts the first run; the second is stopped in its epoch and resumed."""
+def test_torchrun_trains_and_writes_one_run(data, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SIZE}"]
-    whole = tmp_path / "whole"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        [*command, "-m", "retinanet_ext", *argv, "--run-dir", str(whole)],
+        [*command, "-m", "retinanet_ext", *options(data, tmp_path / "run")],
         cwd=tmp_path,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=SECONDS,
         check=False,
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("2 processes, float32, 1 epochs of 2 steps of 3 images") == 1
     assert process.stdout.count("weights: ") == 1
-    assert json.loads((whole / "metrics.json").read_text())["images"] == 3
-    stopped = tmp_path / "stopped"
-    assert in_processes(SIZE, train_in_a_process, [*argv, "--run-dir", str(stopped)], 1) == [[1]] * SIZE
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 3
+    assert [row["step"] for row in rows(tmp_path / "run" / "steps.csv")] == ["1", "2"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_two_processes_that_are_killed_and_resumed_equal_those_that_were_not(data, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert in_processes(SIZE, train_in_a_process, options(data, whole), 0) == [0] * SIZE
+    assert in_processes(SIZE, train_in_a_process, options(data, stopped), 1) == [[1]] * SIZE
     assert load_checkpoint(stopped / "weights" / "last.pt")["progress"]["batches"] == 1
     assert in_processes(SIZE, train_in_a_process, ["train", "--resume", str(stopped)], 0) == [0] * SIZE
     for name in ("last.pt", "best.pt"):
         mine, right = (load_checkpoint(run / "weights" / name) for run in (stopped, whole))
         assert all(torch.equal(value, right["model"][key]) for key, value in mine["model"].items())
     assert rows(stopped / "steps.csv") == rows(whole / "steps.csv")
-    assert len(rows(whole / "steps.csv")) == 2
     assert {"args.json", "results.png", "PR_curve.png"} <= {path.name for path in stopped.iterdir()}
 
 

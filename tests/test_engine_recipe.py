@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from small_retinanet import build_small_model
 from torch import nn
 
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
@@ -17,6 +18,7 @@ for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
 
 from retinanet_ext.data import Batch, generate_shapes  # noqa: E402
 from retinanet_ext.engine import checkpoint as checkpoints  # noqa: E402
+from retinanet_ext.engine import train  # noqa: E402
 from retinanet_ext.engine.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, resume_config  # noqa: E402
 from retinanet_ext.engine.ema import ModelAverage  # noqa: E402
@@ -34,6 +36,11 @@ from retinanet_ext.engine.stepper import Stepper  # noqa: E402
 from retinanet_ext.engine.train import Training  # noqa: E402
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(train, "build_model", build_small_model)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +199,6 @@ def test_the_average_follows_the_weights():
 
 def scored(monkeypatch, scores):
     """Validations with these APs, without evaluating anything."""
-    from retinanet_ext.engine import train
     from retinanet_ext.engine.evaluate import METRICS, Evaluation
 
     left = iter(scores)

@@ -29,15 +29,18 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Train, or go on with a run, as one process or as one of those that torchrun has started."""
     world = started_world()
     with joined(world):
-        training = (_begin if arguments.resume is None else _resume)(arguments, world)
-        run_dir = training.run.root
-        try:
-            training.fit()
-        except KeyboardInterrupt:
-            go_on = f"retinanet-ext train --resume {shlex.quote(str(run_dir))}"
-            if world.is_main:
-                print(f"\ninterrupted: go on with: {go_on}", file=sys.stderr)
-            return 130
+        return _train(arguments, world)
+
+
+def _train(arguments: argparse.Namespace, world: World) -> int:
+    training = (_begin if arguments.resume is None else _resume)(arguments, world)
+    try:
+        training.fit()
+    except KeyboardInterrupt:
+        go_on = f"retinanet-ext train --resume {shlex.quote(str(training.run.root))}"
+        if world.is_main:
+            print(f"\ninterrupted: go on with: {go_on}", file=sys.stderr)
+        return 130
     if world.is_main:
         print(_summary(training.run, training.config.epochs))
     return 0

@@ -5,6 +5,7 @@ that no process waits for its GPU to exchange them; gradients travel over NCCL w
 """
 
 import datetime
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,8 +115,8 @@ def started_world(environment: Mapping[str, str] = os.environ) -> World:
 
 @contextmanager
 def joined(world: World) -> Iterator[World]:
-    """The processes connected, for the length of the block. Where it fails they stay so until the process ends: others
-    may be waiting, which torchrun ends then."""
+    """The processes connected, for the length of the block, which leaves no DistributedDataParallel behind. Where it
+    fails they stay connected until the process ends: others may be waiting, which torchrun ends then."""
     if world.size == 1:
         yield world
         return
@@ -126,4 +127,7 @@ def joined(world: World) -> Iterator[World]:
         backend = "gloo"
     distributed.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     yield world
+    # A DistributedDataParallel that outlived its group would end gloo's threads while it holds the interpreter's lock,
+    # which such a thread may be waiting for to free a tensor: a deadlock.
+    gc.collect()
     distributed.destroy_process_group()
