@@ -15,11 +15,11 @@ import torch
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
-from retinanet_ext.data import Compose, RandomHorizontalFlip, ScaleJitter, generate_shapes, make_loader, open_dataset
-from retinanet_ext.engine.checkpoint import build_model
-from retinanet_ext.engine.config import octaves, resolve_amp
-from retinanet_ext.engine.schedule import make_optimizer, make_scheduler
-from retinanet_ext.engine.stepper import Stepper
+from retinanet_ext.data import Compose, RandomHorizontalFlip, ScaleJitter, generate_shapes, make_loader, open_dataset  # noqa: E402
+from retinanet_ext.engine.checkpoint import build_model  # noqa: E402
+from retinanet_ext.engine.config import octaves, resolve_amp  # noqa: E402
+from retinanet_ext.engine.schedule import make_optimizer, make_scheduler  # noqa: E402
+from retinanet_ext.engine.stepper import Stepper  # noqa: E402
 
 BATCH, BATCHES = 4, 8
 SIZE, SMOKE_SIZE = 640, 64

@@ -240,6 +240,7 @@ def test_a_resumed_run_takes_another_rate(data, tmp_path, monkeypatch):
     assert [group["lr"] for group in training.stepper.optimizer.param_groups] == [0.02, 0.02]
     assert training.stepper.clip_grad_norm == 0.5
     assert training.amp
+    training.stepper.optimizer.step()
     training.stepper.scheduler.step()
     assert training.stepper.optimizer.param_groups[0]["lr"] < 0.02
 
@@ -269,6 +270,7 @@ def test_a_rate_on_a_device_stays_there_and_is_the_schedules():
     rates = [group["lr"] for group in optimizer.param_groups]
     scheduler = make_scheduler(optimizer, 10, 5, "cosine")
     assert [rate.item() for rate in rates] == pytest.approx([0.1, 0.1])
+    optimizer.step()
     scheduler.step()
     assert [rate.item() for rate in rates] == pytest.approx([0.2, 0.2])
     assert current_rate(scheduler) == pytest.approx(0.2)
@@ -445,8 +447,7 @@ def test_records_come_at_once_where_they_are_asked_for():
     taken = []
     stepper.take = lambda group, take=stepper.take: (taken.append(1), take(group))[1]
     stepper.device = torch.device("meta")  # no CPU to the loop
-    stepper._on_device = lambda batch: (batch.images, [{"boxes": t["boxes"]} for t in batch.targets])
-    stepper._losses = lambda batch: stepper.losses(*stepper._on_device(batch))
+    stepper._losses = lambda batch: stepper.losses(*stepper.losses.prepare(batch, CPU))
     make_zeros = torch.zeros
     seen = []
     with pytest.MonkeyPatch.context() as patches:

@@ -160,6 +160,11 @@ def add_parser(commands) -> None:
         help="memory layout of images and weights; the faster one on most machines (default: yes)",
     )
     run.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile network and losses (torch.compile); takes minutes at the start, needs a C++ compiler",
+    )
+    run.add_argument(
         "--sync-batch-norm",
         action="store_true",
         help="BatchNorm over the images of all processes; for few images a GPU, CUDA alone",

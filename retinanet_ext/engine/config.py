@@ -68,6 +68,7 @@ class TrainConfig:
     amp: bool | None = None
     channels_last: bool = True
     sync_batch_norm: bool = False
+    compile: bool = False
     verify: str = "header"
     strict: bool = False
 

@@ -15,6 +15,7 @@ from retinanet_ext.data import Batch
 from .distributed import World
 from .ema import ModelAverage
 from .failure import Before
+from .losses import PackedLosses, make_losses
 from .schedule import current_rate
 
 
@@ -27,21 +28,6 @@ class Taken:
     rate: float
     batches: Sequence[Batch]
     before: Before
-
-
-class Losses(nn.Module):
-    """What DistributedDataParallel wraps: the losses of a model; of no images, zeros that every parameter takes part
-    in, so that a process without images still meets the others where gradients are summed."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        if images:
-            return self.model(images, targets)
-        nothing = sum(parameter[:0].sum() for parameter in self.model.parameters() if parameter.requires_grad)
-        return {"classification": nothing, "bbox_regression": nothing}
 
 
 class Stepper:
@@ -62,12 +48,16 @@ class Stepper:
         amp: bool = False,
         clip_grad_norm: float = 0.0,
         average: ModelAverage | None = None,
+        compiled: bool = False,
     ):
         self.model, self.optimizer, self.scheduler, self.device = model, optimizer, scheduler, device
         self.world = World() if world is None else world
         self.amp, self.clip_grad_norm, self.average = amp, clip_grad_norm, average
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.losses: nn.Module = Losses(model)
+        self.own_losses = make_losses(model)
+        if compiled:
+            self.own_losses.compile(dynamic=True, fullgraph=isinstance(self.own_losses, PackedLosses))
+        self.losses: nn.Module = self.own_losses
         if self.world.size > 1:
             self.losses = DistributedDataParallel(self.losses, gradient_as_bucket_view=True)
         # A fused update is left out while this is 1: after a loss that is not finite, until the host has read it.
@@ -98,7 +88,7 @@ class Stepper:
     def losses_in_float32(self, batch: Batch) -> dict[str, Tensor]:
         """Of this process alone, without gradients."""
         with torch.no_grad():
-            return self.model(*self._on_device(batch))
+            return self.own_losses.compute(*self.own_losses.prepare(batch, self.device))
 
     def _gradients(self, batches: Sequence[Batch], images: int) -> Tensor:
         """Leave the gradients of the step in the parameters; `Taken.values`."""
@@ -123,22 +113,14 @@ class Stepper:
         return torch.cat([values, norm.float().reshape(1)])
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        images, targets = self._on_device(batch)
+        prepared = self.own_losses.prepare(batch, self.device) if batch.images else ()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            return self.losses(images, targets)
-
-    def _on_device(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        images = [image.to(self.device, non_blocking=True) for image in batch.images]
-        targets = [
-            {k: v.to(self.device, non_blocking=True) for k, v in target.items() if isinstance(v, Tensor)}
-            for target in batch.targets
-        ]
-        return images, targets
+            return self.losses(*prepared)
 
     def _numbers(self, losses: dict[str, Tensor], total: Tensor, counted: bool) -> Tensor:
-        foreground = getattr(self.model, "last_num_foreground", None) if counted else total.new_zeros(1)
+        foreground = losses.get("foreground") if counted else total.new_zeros(1)
         numbers = [losses["classification"], losses["bbox_regression"], total]
-        numbers.append(total.new_tensor(math.nan) if foreground is None else foreground.float().mean())
+        numbers.append(torch.full_like(total, math.nan) if foreground is None else foreground.float().mean())
         return torch.stack([number.detach().float() for number in numbers])
 
     def _update(self, norm: Tensor) -> None:

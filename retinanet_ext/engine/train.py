@@ -171,6 +171,7 @@ class Training:
             amp=self.amp,
             clip_grad_norm=CLIP_GRAD_NORM[config.optimizer] if config.clip_grad_norm is None else config.clip_grad_norm,
             average=None if config.ema is None else ModelAverage(model, config.ema),
+            compiled=config.compile,
         )
 
     def _resumed_checkpoint(self) -> dict[str, Any] | None:
