@@ -15,7 +15,14 @@ import torch
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
-from retinanet_ext.data import Compose, RandomHorizontalFlip, ScaleJitter, generate_shapes, make_loader, open_dataset  # noqa: E402
+from retinanet_ext.data import (  # noqa: E402
+    Compose,
+    RandomHorizontalFlip,
+    ScaleJitter,
+    generate_shapes,
+    make_loader,
+    open_dataset,
+)
 from retinanet_ext.engine.checkpoint import build_model  # noqa: E402
 from retinanet_ext.engine.config import octaves, resolve_amp  # noqa: E402
 from retinanet_ext.engine.schedule import make_optimizer, make_scheduler  # noqa: E402
