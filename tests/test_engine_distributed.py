@@ -272,8 +272,13 @@ def test_settings_that_do_not_fit_the_processes(data, tmp_path):
     with pytest.raises(SettingError, match="batch_size: expected an image for each of 2 processes at least, got 1"):
         Training(config, tmp_path / "run", world=World(0, 2, 0, 2))
     config = TrainConfig(str(data), sync_batch_norm=True, device="cpu")
-    with pytest.raises(SettingError, match="sync_batch_norm: torch has it for CUDA devices alone, got cpu"):
+    with pytest.raises(SettingError, match="sync_batch_norm: is for CUDA devices alone, got cpu"):
         Training(config, tmp_path / "run")
+    with pytest.raises(SettingError, match="cuda_graph: is for CUDA devices alone, got cpu"):
+        Training(TrainConfig(str(data), cuda_graph=True, device="cpu"), tmp_path / "run")
+    for other in ({"compile": True}, {"accumulate": 2}):
+        with pytest.raises(SettingError, match=f"cuda_graph, {next(iter(other))}: a graph holds a whole step"):
+            TrainConfig(str(data), cuda_graph=True, **other)
     assert not (tmp_path / "run").exists()
     with pytest.raises(SettingError, match="sync_batch_norm: needs --norm batch, got group"):
         TrainConfig(str(data), sync_batch_norm=True, norm="group")

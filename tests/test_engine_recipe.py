@@ -439,6 +439,10 @@ def test_a_fused_update_is_left_out_after_a_failure(name):
     assert model.weight.item() == before
 
 
+def summed(losses):
+    return losses, losses["classification"] + losses["bbox_regression"]
+
+
 def test_records_come_at_once_where_they_are_asked_for():
     """A GPU's come a step late; one that a checkpoint follows does not."""
     model = Linear()
@@ -447,7 +451,9 @@ def test_records_come_at_once_where_they_are_asked_for():
     taken = []
     stepper.take = lambda group, take=stepper.take: (taken.append(1), take(group))[1]
     stepper.device = torch.device("meta")  # no CPU to the loop
-    stepper._losses = lambda batch: stepper.losses(*stepper.losses.prepare(batch, CPU))
+    prepare = stepper.own_losses.prepare
+    stepper.own_losses.prepare = lambda batch, device: prepare(batch, CPU)
+    stepper._losses_of = lambda prepared: summed(stepper.losses(*prepared))
     make_zeros = torch.zeros
     seen = []
     with pytest.MonkeyPatch.context() as patches:

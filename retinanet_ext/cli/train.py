@@ -165,6 +165,11 @@ def add_parser(commands) -> None:
         help="compile network and losses (torch.compile); takes minutes at the start, needs a C++ compiler",
     )
     run.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="replay the whole step as a CUDA graph, one for each shape of a batch; for small networks, one process",
+    )
+    run.add_argument(
         "--sync-batch-norm",
         action="store_true",
         help="BatchNorm over the images of all processes; for few images a GPU, CUDA alone",

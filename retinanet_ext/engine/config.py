@@ -69,6 +69,7 @@ class TrainConfig:
     channels_last: bool = True
     sync_batch_norm: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     verify: str = "header"
     strict: bool = False
 
@@ -105,6 +106,9 @@ class TrainConfig:
             len(self.scale_jitter) == 2 and 0 < self.scale_jitter[0] <= self.scale_jitter[1] < math.inf
         ):
             raise SettingError("scale_jitter", f"expected two scales, 0 < LOW <= HIGH, got {self.scale_jitter!r}")
+        if self.cuda_graph and (self.compile or self.accumulate > 1):
+            other = "compile" if self.compile else "accumulate"
+            raise SettingError(("cuda_graph", other), "a graph holds a whole step, as it is: only one of the two")
         if self.sync_batch_norm and self.norm != "batch":
             raise SettingError("sync_batch_norm", f"needs --norm batch, got {self.norm}")
         check_sizes(("min_size", "max_size"), self.min_size, self.max_size)

@@ -52,6 +52,9 @@ class PackedLosses(Losses):
     takes tensors alone, never waits for the device, and is one graph to torch.compile.
     """
 
+    # Sides of the images are padded to a multiple of this, if to more than the model's own.
+    side = 1
+
     def prepare(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W] as the network takes them, anchors [N, 4], and boxes [capacity, 4], labels, ignore
         [capacity], offsets [B + 1]: image b has the rows `offsets[b]:offsets[b + 1]`."""
@@ -59,15 +62,15 @@ class PackedLosses(Losses):
         targets = [{k: v for k, v in target.items() if isinstance(v, Tensor)} for target in batch.targets]
         check_targets(targets, images, self.model.num_classes)
         transformed = self.model.transform([image.to(device, non_blocking=True) for image in images])
-        dtype = torch.promote_types(transformed.tensor.dtype, torch.float32)
+        height, width = (-side % self.side for side in transformed.tensor.shape[-2:])
+        pixels = nn.functional.pad(transformed.tensor, (0, width, 0, height)) if height or width else transformed.tensor
+        dtype = torch.promote_types(pixels.dtype, torch.float32)
         boxes = [
             resize_boxes(target["boxes"].to(dtype), old, new)
             for target, old, new in zip(targets, transformed.original_sizes, transformed.sizes, strict=True)
         ]
-        anchors = self.model.anchor_generator(
-            tuple(transformed.tensor.shape[-2:]), self._grids(transformed.tensor), device, dtype
-        )
-        return transformed.tensor, anchors, *_packed(boxes, targets, device)
+        anchors = self.model.anchor_generator(tuple(pixels.shape[-2:]), self._grids(pixels), device, dtype)
+        return pixels, anchors, *_packed(boxes, targets, device)
 
     def compute(
         self, images: Tensor, anchors: Tensor, boxes: Tensor, labels: Tensor, ignore: Tensor, offsets: Tensor

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Stepper:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.own_losses = make_losses(model)
         if compiled:
-            self.own_losses.compile(dynamic=True, fullgraph=isinstance(self.own_losses, PackedLosses))
+            self.own_losses.compile(fullgraph=isinstance(self.own_losses, PackedLosses))
         self.losses: nn.Module = self.own_losses
         if self.world.size > 1:
             self.losses = DistributedDataParallel(self.losses, gradient_as_bucket_view=True)
@@ -73,11 +74,11 @@ class Stepper:
             return None
         before = Before(self.model, self.scheduler)
         rate = current_rate(self.scheduler)
-        values = self._gradients(batches, images)
-        finite = values[2].isfinite() & values[4].isfinite()
-        self.failed.copy_(torch.maximum(self.failed, (~finite).float()))
+        values = self._step(batches, images)
         if self.device.type != "cpu" or not self.failed:
-            self._update(values[4])
+            self.scheduler.step()
+            if self.average is not None:
+                self.average.update(self.model)
         return Taken(values, rate, batches, before)
 
     def undo(self, taken: Taken) -> None:
@@ -90,6 +91,14 @@ class Stepper:
         with torch.no_grad():
             return self.own_losses.compute(*self.own_losses.prepare(batch, self.device))
 
+    def _step(self, batches: Sequence[Batch], images: int) -> Tensor:
+        """Gradients and update of the weights; `Taken.values`."""
+        values = self._gradients(batches, images)
+        self._note_failure(values)
+        if self.device.type != "cpu" or not self.failed:
+            self._update(values[4])
+        return values
+
     def _gradients(self, batches: Sequence[Batch], images: int) -> Tensor:
         """Leave the gradients of the step in the parameters; `Taken.values`."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -101,21 +110,27 @@ class Stepper:
                 continue
             together = nullcontext() if last or self.world.size == 1 else self.losses.no_sync()
             with together:
-                losses = self._losses(batch)
-                total = losses["classification"] + losses["bbox_regression"]
+                losses, total = self._losses_of(self.own_losses.prepare(batch, self.device) if batch.images else ())
                 # Gradients come out as the mean over the processes.
                 share = len(batch.images) / images
                 factor = share * self.world.size
                 (total if factor == 1 else total * factor).backward()
             values += share * self._numbers(losses, total, bool(batch.images))
-        self.world.add(values)
+        return self._with_norm(self.world.add(values))
+
+    def _losses_of(self, prepared: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses, and their sum."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            losses = self.losses(*prepared)
+        return losses, losses["classification"] + losses["bbox_regression"]
+
+    def _with_norm(self, values: Tensor) -> Tensor:
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         return torch.cat([values, norm.float().reshape(1)])
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        prepared = self.own_losses.prepare(batch, self.device) if batch.images else ()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-            return self.losses(*prepared)
+    def _note_failure(self, values: Tensor) -> None:
+        finite = values[2].isfinite() & values[4].isfinite()
+        self.failed.copy_(torch.maximum(self.failed, (~finite).float()))
 
     def _numbers(self, losses: dict[str, Tensor], total: Tensor, counted: bool) -> Tensor:
         foreground = losses.get("foreground") if counted else total.new_zeros(1)
@@ -127,6 +142,3 @@ class Stepper:
         if self.clip_grad_norm > 0:
             clip_grads_with_norm_(self.parameters, self.clip_grad_norm, norm)
         self.optimizer.step()
-        self.scheduler.step()
-        if self.average is not None:
-            self.average.update(self.model)

@@ -32,6 +32,7 @@ from .distributed import World
 from .ema import ModelAverage
 from .evaluate import METRICS, Evaluation
 from .failure import NotFiniteError, TrainingError
+from .graphed_stepper import GraphedStepper
 from .loop import train_steps
 from .rank_evaluation import evaluate_together
 from .recorder import EpochMeans, Recorder, report_problems
@@ -141,8 +142,11 @@ class Training:
             raise SettingError(
                 "batch_size", f"expected an image for each of {size} processes at least, got {config.batch_size}"
             )
-        if config.sync_batch_norm and self.device.type != "cuda":
-            raise SettingError("sync_batch_norm", f"torch has it for CUDA devices alone, got {self.device}")
+        for name in ("sync_batch_norm", "cuda_graph"):
+            if getattr(config, name) and self.device.type != "cuda":
+                raise SettingError(name, f"is for CUDA devices alone, got {self.device}")
+        if config.cuda_graph and size > 1:
+            raise SettingError("cuda_graph", f"captures the step of one process, got {size} processes")
 
     def _open_datasets(self, resume: bool) -> tuple[DetectionDataset, DetectionDataset | None]:
         if not resume:
@@ -158,11 +162,13 @@ class Training:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(model, config.optimizer, config.rate(), config.weight_decay)
+        optimizer = make_optimizer(
+            model, config.optimizer, config.rate(), config.weight_decay, tensor_rate=config.cuda_graph
+        )
         total = self.steps_an_epoch * config.epochs
         warmup = default_warmup(total) if config.warmup_steps is None else config.warmup_steps
         milestones = config.lr_steps and [epoch * self.steps_an_epoch for epoch in config.lr_steps]
-        return Stepper(
+        return (GraphedStepper if config.cuda_graph else Stepper)(
             model,
             optimizer,
             make_scheduler(optimizer, total, warmup, config.schedule, milestones),
