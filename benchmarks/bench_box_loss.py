@@ -124,7 +124,7 @@ def test_box_regression_loss(compare, device, timed, pyramid, dtype, layout, dir
     gradient = elements * levels[0].element_size() if backward else 0
     name = next(name for name, value in DTYPES.items() if value == dtype)
     compare(
-        f"box loss {pyramid if timed else 'smoke'} {layout} {name} {direction}",
+        f"box_regression_loss {pyramid if timed else 'smoke'} {layout} {name} {direction}",
         make_call(ours, levels, backward),
         peers(levels, others, backward),
         agree,

@@ -122,7 +122,7 @@ def test_sigmoid_focal_loss(compare, device, timed, targets_form, size, dtype, d
         per_element += width
     name = next(name for name, value in DTYPES.items() if value == dtype)
     compare(
-        f"focal {targets_form} {size if timed else 'smoke'} {name} {direction}",
+        f"sigmoid_focal_loss {targets_form} {size if timed else 'smoke'} {name} {direction}",
         make_call(ours, logits, own_targets, backward),
         dict(peers(logits, targets, dense, backward, timed)),
         agree,

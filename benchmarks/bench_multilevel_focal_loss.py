@@ -118,7 +118,7 @@ def test_multilevel_focal_loss(compare, device, timed, pyramid, dtype, layout, d
     width = levels[0].element_size()
     name = next(name for name, value in DTYPES.items() if value == dtype)
     compare(
-        f"multilevel focal {pyramid if timed else 'smoke'} {layout} {name} {direction}",
+        f"multilevel_focal_loss {pyramid if timed else 'smoke'} {layout} {name} {direction}",
         make_call(ours, levels, backward),
         dict(peers(levels, targets, normalizer, backward, timed)),
         agree,

@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+// A C++ program may load the operators without Python: what only the module needs must not be in the way.
+#pragma weak PyModule_Create2
+
 STABLE_TORCH_LIBRARY(retinanet_ext, m) {
   // reduction: 0 none, 1 mean, 2 sum. class_alpha [K] replaces alpha where given.
   m.def(
@@ -48,6 +51,8 @@ STABLE_TORCH_LIBRARY(retinanet_ext, m) {
       "(Tensor, Tensor, Tensor)");
   // boxes1 [..., N, 4], boxes2 [..., M, 4] -> [..., N, M]. fmt: 0 xyxy, 1 xywh, 2 cxcywh.
   m.def("box_iou(Tensor boxes1, Tensor boxes2, int fmt) -> Tensor");
+  // grad [..., N, M] -> [..., N, 4] and [..., M, 4], batch dimensions broadcast. On the CPU alone.
+  m.def("box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int fmt) -> (Tensor, Tensor)");
   // [..., 4] each, leading dimensions broadcast; weights (wx, wy, ww, wh). The gradients have the result's shape, and
   // are [0] where they are not asked for.
   m.def("encode_boxes(Tensor gt_boxes, Tensor anchors, float wx, float wy, float ww, float wh) -> Tensor");

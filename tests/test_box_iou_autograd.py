@@ -76,6 +76,87 @@ def test_gradient_of_float64_is_pytorchs(fmt):
         torch.testing.assert_close(gradient, peer, rtol=1e-13, atol=1e-15)
 
 
+# One lane, whole lanes and more; rows that go to float64 (128) and chunks of them (1024).
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("shapes", [((1,), (1,)), ((33,), (15,)), ((129,), (16,)), ((1030,), (17,)), ((2100,), (3,))])
+def test_the_cpu_s_gradient_over_lanes_runs_and_chunks(shapes, fmt):
+    check_against_pytorch(shapes, fmt)
+
+
+@pytest.mark.parametrize("shapes", [((7,), (512,)), ((7,), (513,)), ((300,), (1100,)), ((3, 1, 2, 9), (5, 1, 530))])
+def test_the_cpu_s_gradient_over_runs_and_batches(shapes):
+    check_against_pytorch(shapes, "xyxy")
+
+
+def check_against_pytorch(shapes, fmt):
+    boxes = leaves(*shapes)
+    iou = box_iou(*boxes, fmt)
+    grad = torch.randn(iou.shape, dtype=torch.float64)
+    compiled = torch.autograd.grad(iou, boxes, grad, retain_graph=True)
+    composed = torch.autograd.grad(iou, boxes, grad, create_graph=True)
+    for one, other, leaf in zip(compiled, composed, boxes, strict=True):
+        assert not one.requires_grad
+        assert other.requires_grad
+        assert one.shape == leaf.shape
+        torch.testing.assert_close(one, other.detach(), rtol=1e-11, atol=1e-13 * max(grad.shape))
+
+
+def test_the_cpu_s_gradient_of_any_strides_and_expanded_upstream_gradients():
+    wide = random_boxes(40, seed=1).repeat(1, 2)
+    boxes1, boxes2 = wide[:, 1:5], random_boxes(60, seed=2).T.contiguous().T[::2]
+    inputs = [boxes1.detach().requires_grad_(), boxes2.detach().requires_grad_()]
+    assert not inputs[1].is_contiguous()
+    contiguous = [one.detach().contiguous().requires_grad_() for one in inputs]
+    strided = torch.autograd.grad(box_iou(*inputs).sum(), inputs)
+    for one, other in zip(strided, torch.autograd.grad(box_iou(*contiguous).sum(), contiguous), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_cpu_s_gradient_has_the_same_bits_for_any_number_of_threads(num_threads):
+    boxes = leaves((1500,), (700,), dtype=torch.float32)
+    grad = torch.randn(1500, 700)
+    gradients = []
+    for threads in (1, 2, 5):
+        num_threads(threads)
+        gradients.append(torch.autograd.grad(box_iou(*boxes), boxes, grad))
+    for other in gradients[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(gradients[0], other, strict=True))
+
+
+@pytest.mark.parametrize("counts", [(0, 4), (4, 0), (0, 0)])
+def test_gradient_of_no_boxes(counts):
+    boxes = leaves((counts[0],), (counts[1],))
+    for gradient, leaf in zip(torch.autograd.grad(box_iou(*boxes).sum(), boxes), boxes, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+def test_the_gradient_s_operator_checks_its_arguments():
+    boxes1, boxes2 = random_boxes(3, seed=1), random_boxes(4, seed=2)
+    for grad in (torch.ones(4, 3), torch.ones(3, 4), torch.ones(4, 3, dtype=torch.float64).T):
+        with pytest.raises(RuntimeError, match="box_iou_backward: grad must be contiguous, of the result's type and"):
+            OPS.box_iou_backward(grad, boxes1, boxes2, 0)
+    torch.library.opcheck(
+        OPS.box_iou_backward.default,
+        (torch.ones(3, 4, dtype=torch.float64), boxes1, boxes2, 0),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_infinite_and_nan_boxes_have_pytorchs_gradients():
+    values = torch.tensor([0.0, 2.0, torch.inf, torch.nan], dtype=torch.float64)
+    boxes = torch.cartesian_prod(values[:3], values[:2], values[1:], values[1:])
+    inputs = [boxes.clone().requires_grad_(), random_boxes(1, seed=3).requires_grad_()]
+    iou = box_iou(*inputs)
+    grad = torch.ones_like(iou)
+    for one, other in zip(
+        torch.autograd.grad(iou, inputs, grad, retain_graph=True),
+        torch.autograd.grad(reference.box_iou(*inputs), inputs, grad),
+        strict=True,
+    ):
+        assert torch.equal(one.isfinite(), other.isfinite())
+        torch.testing.assert_close(one[one.isfinite()], other[one.isfinite()], rtol=1e-12, atol=1e-14)
+
+
 def test_gradient_of_one_side_alone():
     boxes1, boxes2 = leaves((3,), (4,))
     both = torch.autograd.grad(box_iou(boxes1, boxes2).sum(), (boxes1, boxes2))

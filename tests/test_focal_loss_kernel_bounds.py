@@ -251,6 +251,17 @@ def test_background_beside_a_positive_row_has_the_same_bits(emulator, classes, d
         np.testing.assert_array_equal(gradient[same], alone[same], err_msg=f"row {row}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes", [1, 2, 3, 5, 7])
+def test_the_one_element_that_is_positive(emulator, classes, dtype):
+    """Also where a vector holds two rows of background and one element of the third row."""
+    rows = 16
+    logits = (torch.randn(rows, classes, dtype=torch.float64) * 3 - 1).to(dtype)
+    for row in range(rows):
+        targets = background(rows).scatter(0, torch.tensor(row), 0)
+        assert_close(run(emulator, logits, targets, task="loss"), expected(logits, targets))
+
+
 def test_what_counts_as_the_start_of_a_vector(emulator):
     assert [address for address in range(64) if emulator.is_vector_aligned(address)] == [0, 16, 32, 48]
 

@@ -10,6 +10,7 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="accelerates torchvision's RetinaNet")
 
+from peer_modules import record_calls
 from torchvision.models import detection as tv_detection
 from torchvision.models.detection import _utils as det_utils
 from torchvision_models import (
@@ -20,7 +21,6 @@ from torchvision_models import (
     TARGETS,
     assert_same_detections,
     images_of,
-    record_calls,
     tiny_retinanet,
 )
 

@@ -13,13 +13,13 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="accelerates torchvision's RetinaNet")
 
+from peer_modules import record_calls
 from torchvision.models import detection as tv_detection
 from torchvision_models import (
     ALL,
     IMAGES,
     TARGETS,
     assert_same_results,
-    record_calls,
     results,
     tiny_retinanet,
 )

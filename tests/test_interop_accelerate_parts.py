@@ -11,6 +11,7 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="accelerates torchvision's RetinaNet")
 
+from peer_modules import record_calls
 from torchvision.models import detection as tv_detection
 from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection import retinanet as tv_retinanet
@@ -23,7 +24,6 @@ from torchvision_models import (
     TARGETS,
     assert_same_results,
     boxes_of,
-    record_calls,
     results,
     tiny_retinanet,
 )

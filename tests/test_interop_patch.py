@@ -16,7 +16,7 @@ pytest.importorskip("torchvision", reason="patches torchvision")
 import torchvision
 from torchvision.models import detection as tv_detection
 
-from retinanet_ext.interop.patching import FunctionReplacement
+from retinanet_ext.interop.patching import FunctionReplacement, Group, Patch
 from retinanet_ext.interop.torchvision import REPLACEMENTS
 
 FUNCTIONS = ("nms", "batched_nms", "sigmoid_focal_loss", "box_iou")
@@ -252,6 +252,38 @@ def test_another_signature_is_refused_and_nothing_stays_patched(monkeypatch):
     monkeypatch.setitem(REPLACEMENTS, "batched_nms", changed)
     with pytest.raises(RuntimeError, match=r"other: expected \(boxes, scores, iou_threshold\).*kind='hard'"):
         retinanet_ext.patch("torchvision")
+    assert not ours("nms")
+
+
+def test_a_method_of_another_signature_is_refused(monkeypatch):
+    def forward(self, images, masks):
+        pass
+
+    monkeypatch.setattr(tv_detection.RetinaNet, "forward", forward)
+    with pytest.raises(
+        RuntimeError, match=r"RetinaNet\.forward: expected \(self, images.*one has \(self, images, masks"
+    ):
+        retinanet_ext.patch("torchvision")
+    assert tv_detection.RetinaNet.forward is forward
+    assert not ours("nms")
+
+
+def test_a_group_comes_and_goes_as_one():
+    def other(boxes, kind):
+        pass
+
+    nms, box_iou = REPLACEMENTS["nms"], REPLACEMENTS["box_iou"]
+    with Patch("torchvision", {"suppression": Group(nms, box_iou)}) as patch:
+        assert patch.functions == ("suppression",)
+        assert ours("nms")
+        assert ours("box_iou")
+        with retinanet_ext.patch("torchvision", "nms"):
+            pass
+        assert ours("nms")
+    assert not ours("nms")
+    assert not ours("box_iou")
+    with pytest.raises(RuntimeError, match="other: expected"):
+        Patch("torchvision", {"suppression": Group(nms, FunctionReplacement("torchvision", other, lambda boxes: None))})
     assert not ours("nms")
 
 

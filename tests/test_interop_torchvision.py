@@ -11,10 +11,10 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="patches torchvision")
 
+from peer_modules import assert_same, outcome, random_boxes, record_calls
 from torchvision import ops as tv_ops
 from torchvision import tv_tensors
 
-from retinanet_ext import ops
 from retinanet_ext.interop.torchvision import REPLACEMENTS
 
 FUNCTIONS = ("nms", "batched_nms", "sigmoid_focal_loss", "box_iou")
@@ -29,33 +29,7 @@ def patched():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of our operators in the order of their calls."""
-    seen = []
-
-    def recorded(name, function):
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            seen.append(name)
-            return function(*arguments, **options)
-
-        return call
-
-    for name in FUNCTIONS:
-        monkeypatch.setattr(ops, name, recorded(name, getattr(ops, name)))
-    return seen
-
-
-def assert_same(found, expected):
-    """The same bits, type and all."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def outcome(function, *arguments, **options):
-    """What a call returns, or the type and the words of its error."""
-    try:
-        return function(*arguments, **options)
-    except Exception as error:
-        return type(error), str(error)
+    return record_calls(monkeypatch, FUNCTIONS)
 
 
 def assert_same_outcome(name, *arguments, **options):
@@ -80,11 +54,6 @@ def test_signature_and_documentation_are_the_originals(name):
 
 
 # nms, batched_nms
-
-
-def random_boxes(count, side=100.0):
-    corners = torch.rand(count, 2) * side
-    return torch.cat([corners, corners + 1 + torch.rand(count, 2) * side], dim=1)
 
 
 def boxes_around_the_threshold(count, iou_threshold):

@@ -9,8 +9,9 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="patches torchvision")
 
+from peer_modules import record_calls
 from torchvision import ops as tv_ops
-from torchvision_models import ALL, IMAGES, TARGETS, assert_same_detections, record_calls, tiny_retinanet
+from torchvision_models import ALL, IMAGES, TARGETS, assert_same_detections, tiny_retinanet
 
 pytestmark = pytest.mark.cuda
 

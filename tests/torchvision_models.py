@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 
 import torch
@@ -10,8 +9,6 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
-
-from retinanet_ext import ops
 
 NUM_CLASSES = 7
 CHANNELS = 32
@@ -85,23 +82,6 @@ FLOODING = dict(boxes=boxes_of((20, 20, 60, 60), (900, 900, 990, 990)), labels=t
 
 LOSS_OPERATORS = ["assign_targets", "multilevel_focal_loss", "box_regression_loss"]
 ALL = [*LOSS_OPERATORS, "detect"]  # in the order that a training and an evaluation step call them
-
-
-def record_calls(monkeypatch, names):
-    """A list that the names of our operators are added to as they are called."""
-    seen = []
-
-    def recorded(name, function):
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            seen.append(name)
-            return function(*arguments, **options)
-
-        return call
-
-    for name in names:
-        monkeypatch.setattr(ops, name, recorded(name, getattr(ops, name)))
-    return seen
 
 
 def results(model):

@@ -12,6 +12,7 @@
 #include "anchor_match/anchor_match_args.h"
 #include "anchor_match/anchor_match_tiles.h"
 #include "common/cpu_dispatch.h"
+#include "common/parallel.h"
 
 namespace retinanet_ext {
 namespace {
@@ -73,8 +74,8 @@ struct PassBody {
 template <bool kFirstPass, typename T>
 void run_pass(MatchWork<T>& work) {
   const PassBody<T, kFirstPass> body{work};
-  torch::stable::parallel_for(0, std::min(kStrips, work.sets * work.tiles), 1,
-                              [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
+  parallel_for(0, std::min(kStrips, work.sets * work.tiles), 1,
+               [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
 }
 
 template <typename T>

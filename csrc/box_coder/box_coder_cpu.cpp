@@ -9,6 +9,7 @@
 #include "box_coder/box_coder_args.h"
 #include "common/cpu_dispatch.h"
 #include "common/huge_pages.h"
+#include "common/parallel.h"
 
 namespace retinanet_ext {
 namespace {
@@ -123,7 +124,7 @@ void run(const CoderArgs& args) {
     if (result.data != nullptr) prefer_huge_pages(result.data, box_bytes(result.type) * static_cast<size_t>(args.rows));
   }
   const int64_t tasks = (args.rows + kTaskRows - 1) / kTaskRows;
-  torch::stable::parallel_for(0, tasks, kTasksPerThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks, kTasksPerThread, [&](int64_t begin, int64_t end) {
     run_on_best_isa(body, begin * kTaskRows, std::min(args.rows, end * kTaskRows));
   });
 }

@@ -1,16 +1,17 @@
 // IoU of every pair of boxes on the CPU.
 //
-// A run of boxes is kept as five arrays (corners and area), so that its IoUs with one other box are a loop that
-// vectorises. The run lies along the result's rows, or along its columns where the rows are short. Blocks of the result
-// are one list that the threads share; every number is computed on its own, so that nothing depends on how.
+// A run of boxes (box_iou_runs.h) lies along the result's rows, or along its columns where the rows are short. Blocks of
+// the result are one list that the threads share; every number is computed on its own, so that nothing depends on how.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "box_iou/box_iou_args.h"
+#include "box_iou/box_iou_runs.h"
 #include "common/cpu_dispatch.h"
 #include "common/huge_pages.h"
+#include "common/parallel.h"
 #include "common/streaming.h"
 
 namespace retinanet_ext {
@@ -18,46 +19,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kRun = 512;            // boxes of a run; 10 KiB of float
-constexpr int64_t kLanes = 16;           // what is computed is a multiple of this
-constexpr int64_t kShortRow = 16;        // rows shorter than this are computed column by column
-constexpr int64_t kTaskPairs = 1 << 15;  // of a parallel task, about
-constexpr int64_t kTasksPerThread = 4;   // at least: less does not pay for waking a thread
-static_assert(kRun % kLanes == 0);
-
-template <typename T>
-struct BoxRun {
-  T x1[kRun];
-  T y1[kRun];
-  T x2[kRun];
-  T y2[kRun];
-  T area[kRun];
-
-  RNX_HD void set(int64_t i, const IouBox<T>& box) {
-    x1[i] = box.corners.x1;
-    y1[i] = box.corners.y1;
-    x2[i] = box.corners.x2;
-    y2[i] = box.corners.y2;
-    area[i] = box.area;
-  }
-  RNX_HD IouBox<T> get(int64_t i) const {
-    return {{x1[i], y1[i], x2[i], y2[i]}, area[i]};
-  }
-};
-
-RNX_HD int64_t whole_lanes(int64_t count) {
-  return (count + kLanes - 1) / kLanes * kLanes;
-}
-
-// `count` boxes from row `first` on; the lanes behind them are boxes of no size.
-template <typename T>
-RNX_HD void load_run(const IouSide& side, int64_t offset, BoxFormat format, int64_t first, int64_t count,
-                     BoxRun<T>& run) {
-  for (int64_t i = 0; i < count; ++i) {
-    run.set(i, iou_box(load_box<T>(side.rows, offset + (first + i) * side.row_stride), format));
-  }
-  for (int64_t i = count; i < whole_lanes(count); ++i) run.set(i, IouBox<T>{});
-}
+constexpr int64_t kShortRow = 16;  // rows shorter than this are computed column by column
 
 // IoU of a run with one box. The result has room for whole lanes.
 template <typename T>
@@ -155,7 +117,7 @@ void run(const BoxIouArgs& args, Tensor& result) {
     run_on_best_isa(body, begin, end);
     if (body.streams) stream_fence();
   };
-  torch::stable::parallel_for(0, tasks.count, kTasksPerThread, work);
+  parallel_for(0, tasks.count, kTasksPerThread, work);
 }
 
 Tensor box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2, int64_t format) {

@@ -11,6 +11,7 @@
 
 #include "box_loss/box_loss_args.h"
 #include "common/huge_pages.h"
+#include "common/parallel.h"
 
 namespace retinanet_ext {
 namespace {
@@ -154,7 +155,7 @@ std::vector<double> scan_all(const Work<In>& work) {
   std::vector<double> sums(chunks);
   std::vector<int64_t> wrong(chunks, kNone);
   const bool wide = args.matched.scalar_type() == ScalarType::Long;
-  torch::stable::parallel_for(0, chunks, kChunksPerThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks, kChunksPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t image = chunk / per_image;
       const int64_t first = chunk % per_image * kChunkAnchors;
@@ -176,7 +177,7 @@ std::vector<double> scan_all(const Work<In>& work) {
 void fill_with_zeros(void* data, int64_t bytes) {
   prefer_huge_pages(data, static_cast<size_t>(bytes));
   const int64_t chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
-  torch::stable::parallel_for(0, chunks, kChunksPerThread, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks, kChunksPerThread, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kChunkBytes;
     std::memset(static_cast<char*>(data) + first, 0, std::min(bytes, end * kChunkBytes) - first);
   });

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/parallel.h"
 #include "focal_loss/focal_loss_args.h"
 #include "focal_loss/focal_loss_blocks.h"
 
@@ -71,7 +72,7 @@ double run_chunks(const FocalWork<T>& work) {
   const int64_t chunks = (total + chunk_size - 1) / chunk_size;
   std::vector<double> partial_sums(sums(kTask) ? chunks : 0);
   const ChunkBody<kTask, kGamma, kByColumn, kSoft, T> body{work, chunk_size, total, partial_sums.data()};
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     if constexpr (sizeof(T) == sizeof(float)) {
       run_on_best_isa(body, first, last);
     } else {

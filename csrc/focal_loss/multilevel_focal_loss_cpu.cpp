@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/parallel.h"
 #include "focal_loss/focal_loss_blocks.h"
 #include "focal_loss/multilevel_focal_loss_args.h"
 
@@ -119,7 +120,7 @@ void run_parts(const std::vector<LevelImage<T>>& parts, std::vector<double>& ima
   const int64_t chunks = parts.back().first_chunk + parts.back().chunks();
   std::vector<double> chunk_sums(sums(kTask) ? chunks : 0);
   const ChunkBody<kTask, kGamma, T> body{parts, chunk_sums.data()};
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     if constexpr (sizeof(T) == sizeof(float)) {
       run_on_best_isa(body, first, last);
     } else {

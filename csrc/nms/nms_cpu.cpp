@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "common/parallel.h"
 #include "nms/nms_args.h"
 #include "nms/nms_walk.h"
 
@@ -75,8 +76,8 @@ void suppress_label(const Candidates<T>& candidates, const int32_t* rows, int64_
     const int64_t size = std::min(kTileCandidates, count - start);
     if (kept.size() > 0) {
       const TileBody<T> body{candidates, kept, rows + start, suppressed + start};
-      torch::stable::parallel_for(0, size, kCandidatesPerTask,
-                                  [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
+      parallel_for(0, size, kCandidatesPerTask,
+                   [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
     }
     run_on_best_isa(SettleBody<T>{candidates, kept, rows + start, suppressed + start, kept.size()}, 0, size);
   }
@@ -125,7 +126,7 @@ void suppress_labels(const Candidates<T>& candidates, const std::vector<int32_t>
   for (int64_t group = 0; group < num_groups; ++group) {
     if (is_large(group)) run(group);
   }
-  torch::stable::parallel_for(0, num_groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, num_groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       if (!is_large(group)) run(group);
     }
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor> batched_nms_padded_cpu(const Tensor& boxes, const Ten
   int32_t* count_data = static_cast<int32_t*>(counts.mutable_data_ptr());
   const int32_t* valid =
       args.num_valid.has_value() ? static_cast<const int32_t*>(args.num_valid->const_data_ptr()) : nullptr;
-  torch::stable::parallel_for(0, args.batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, args.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
       const int64_t count =
           valid == nullptr ? args.num_boxes : std::clamp<int64_t>(valid[image], 0, args.num_boxes);

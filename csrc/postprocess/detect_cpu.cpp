@@ -10,6 +10,7 @@
 
 #include "common/cpu_dispatch.h"
 #include "common/half_convert.h"
+#include "common/parallel.h"
 #include "nms/nms_walk.h"
 #include "postprocess/detect_args.h"
 #include "postprocess/detect_math.h"
@@ -298,7 +299,7 @@ DetectResult run(const DetectArgs& args) {
   const int64_t chunks = blocks.empty() ? 0 : blocks.back().first_chunk + blocks.back().chunks();
   const FilterBody<L> body{blocks, args.topk_per_level, smallest_logit_above<L>(args.score_thresh), found};
   if (args.topk_per_level > 0) {
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
+    parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { run_on_best_isa(body, begin, end); });
   }
   const int64_t d = args.max_detections;
   T* boxes = static_cast<T*>(std::get<0>(result).mutable_data_ptr());
@@ -306,7 +307,7 @@ DetectResult run(const DetectArgs& args) {
   int64_t* labels = static_cast<int64_t*>(std::get<2>(result).mutable_data_ptr());
   int64_t* indices = static_cast<int64_t*>(std::get<3>(result).mutable_data_ptr());
   int32_t* counts = static_cast<int32_t*>(std::get<4>(result).mutable_data_ptr());
-  torch::stable::parallel_for(0, args.batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, args.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
       finish_image<L, T>(args, image, found,
                          {boxes + 4 * d * image, scores + d * image, labels + d * image, indices + d * image,

@@ -12,11 +12,17 @@ from typing import TypeVar
 
 from torch import nn
 
+from .accelerated import restore as restore_class
 from .patching import Patch
 
 Model = TypeVar("Model", bound=nn.Module)
 
-PEERS = ("torchvision",)  # each with a module of its name beside this one
+PEERS = ("torchvision", "detectron2", "mmcv", "mmdet")  # each with a module of its name beside this one
+# The models that `accelerate` takes: where their class is, and the module beside this one that has our methods.
+_RETINANETS = (
+    ("torchvision.models.detection.retinanet", "torchvision_retinanet"),
+    ("detectron2.modeling.meta_arch.retinanet", "detectron2_retinanet"),
+)
 
 
 def patch(peer: str, functions: str | Iterable[str] | None = None) -> Patch:
@@ -38,9 +44,15 @@ def patch(peer: str, functions: str | Iterable[str] | None = None) -> Patch:
     function is ours while any patch that names it holds.
 
     Args:
-        peer: the package: "torchvision".
-        functions: which of its functions; all if None. torchvision: "nms", "batched_nms", "sigmoid_focal_loss",
-            "box_iou", and "retinanet", the losses and the post-processing of every torchvision RetinaNet.
+        peer: the package: "torchvision", "detectron2", "mmcv" or "mmdet".
+        functions: which of its functions; all if None.
+            torchvision: "nms", "batched_nms", "sigmoid_focal_loss", "box_iou", and "retinanet", the losses and the
+            post-processing of every torchvision RetinaNet.
+            detectron2: "batched_nms", "pairwise_iou", "sigmoid_focal_loss" (fvcore's, also the scripted one), and
+            "retinanet", the matching, the losses and the inference of every detectron2 RetinaNet.
+            mmcv: "nms", "batched_nms", "sigmoid_focal_loss".
+            mmdet: those of mmcv, its own "sigmoid_focal_loss" with it, "py_sigmoid_focal_loss", and the classes
+            "FocalLoss" and "MaxIoUAssigner".
 
     Returns:
         A `Patch`, in force already: a context manager, with ``undo()``.
@@ -64,7 +76,7 @@ def patch(peer: str, functions: str | Iterable[str] | None = None) -> Patch:
 
 
 def accelerate(model: Model) -> Model:
-    """Gives a torchvision RetinaNet this library's losses and post-processing, in place.
+    """Gives a torchvision or detectron2 RetinaNet this library's losses and post-processing, in place.
 
     ::
 
@@ -72,35 +84,35 @@ def accelerate(model: Model) -> Model:
 
     The same losses, gradients and detections (docs/interop.md has the small print), the same parameters, buffers,
     attributes and state dict; the model's class becomes a subclass of what it was. Its settings are read at every
-    call: ``score_thresh``, ``nms_thresh``, ``detections_per_img``, ``topk_candidates``, the thresholds of
-    ``proposal_matcher``, ``box_coder`` and the box loss of the head. Where a matcher, coder or head is not
-    torchvision's own, that part runs as it is. An accelerated model is returned as it is. `restore` undoes it.
+    call: thresholds and limits of the detections, those of the matcher, the box coder and the losses. Where a
+    matcher, coder or head is not the peer's own, that part runs as it is. An accelerated model is returned as it is.
+    `restore` undoes it.
 
     Args:
-        model: a ``torchvision.models.detection.RetinaNet``, built in whatever way, or of a subclass.
+        model: a ``torchvision.models.detection.RetinaNet``, or a
+            ``detectron2.modeling.meta_arch.retinanet.RetinaNet`` of release 0.6 or newer; built in whatever way, or of
+            a subclass.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: anything else.
-        ValueError: a subclass with ``forward``, ``compute_loss`` and ``postprocess_detections`` of its own, which
-            leaves nothing to accelerate.
+        ValueError: a subclass that overrides all the methods that ours would stand in for, which leaves nothing to
+            accelerate.
+        RuntimeError: a RetinaNet of an older detectron2.
     """
-    retinanet = sys.modules.get("torchvision.models.detection.retinanet")
-    if retinanet is None or not isinstance(model, retinanet.RetinaNet):
-        raise TypeError(
-            f"accelerate: model: expected a torchvision.models.detection.RetinaNet, got {_type_name(model)}"
-        )
-    from .torchvision_accelerate import accelerate as accelerate_retinanet
-
-    return accelerate_retinanet(model)
+    for where, ours in _RETINANETS:
+        module = sys.modules.get(where)
+        if module is not None and isinstance(model, module.RetinaNet):
+            return importlib.import_module(f"{__package__}.{ours}").ACCELERATION.accelerate(model)
+    expected = " or a ".join(f"{where}.RetinaNet" for where, _ in _RETINANETS)
+    raise TypeError(f"accelerate: model: expected a {expected}, got {_type_name(model)}")
 
 
 def restore(model: Model) -> Model:
     """Gives a model that `accelerate` changed its own class back, in place; any other model is left as it is."""
-    accelerated = sys.modules.get(f"{__package__}.torchvision_accelerate")
-    return model if accelerated is None else accelerated.restore(model)
+    return restore_class(model)
 
 
 def _type_name(value: object) -> str:

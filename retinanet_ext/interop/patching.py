@@ -7,7 +7,7 @@ import inspect
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 _lock = threading.RLock()
@@ -43,29 +43,35 @@ class Replacement(ABC):
 
 
 class FunctionReplacement(Replacement):
-    """A function, wherever the package's loaded modules have it as an attribute.
+    """A function, wherever the loaded modules of the packages have it as an attribute.
 
     `replacement` has the original's signature and calls `original` itself where it is not `held`: code that took
-    it from the package in the meantime may keep it.
+    it from a package in the meantime may keep it. `declared` has the signature where `original`, a compiled function,
+    does not tell it.
     """
 
-    def __init__(self, package: str, original: Callable, replacement: Callable):
-        self.package = package
+    def __init__(
+        self,
+        packages: str | Sequence[str],
+        original: Callable,
+        replacement: Callable,
+        declared: Callable | None = None,
+    ):
+        self.packages = (packages,) if isinstance(packages, str) else tuple(packages)
         self.original = original
+        self.declared = original if declared is None else declared
         self.signature = inspect.signature(replacement)
-        self.replacement = functools.update_wrapper(replacement, original)
+        # Not what the original carries besides: torch.compile finds a compiled function's source there.
+        self.replacement = functools.update_wrapper(replacement, self.declared, updated=())
+        self.replacement.__wrapped__ = original
         # What torch.jit.script compiles in its place, also inside other functions.
-        self.replacement.__prepare_scriptable__ = lambda: original
+        functions = [function for function in (original, self.declared) if inspect.isfunction(function)]
+        self.replacement.__prepare_scriptable__ = lambda: (functions or [original])[0]
         self.replacement.__retinanet_ext_original__ = original
         self._sites: list[tuple[ModuleType, str]] = []
 
     def _install(self) -> None:
-        signature = inspect.signature(self.original)
-        if _parameters(signature) != _parameters(self.signature):
-            raise RuntimeError(
-                f"patch: {self.original.__qualname__}: expected {self.signature}, as in the releases of "
-                f"{self.package} that this one was made for; the installed one has {signature}"
-            )
+        _check_signature(self.packages[0], self.replacement.__qualname__, self.declared, self.signature)
         self._sites = self._attributes_that_are(self.original)
         for module, name in self._sites:
             setattr(module, name, self.replacement)
@@ -82,7 +88,7 @@ class FunctionReplacement(Replacement):
         return [
             (module, attribute)
             for name, module in list(sys.modules.items())
-            if (name == self.package or name.startswith(f"{self.package}.")) and isinstance(module, ModuleType)
+            if name.partition(".")[0] in self.packages and isinstance(module, ModuleType)
             for attribute, value in list(vars(module).items())
             if value is function
         ]
@@ -97,8 +103,14 @@ class MethodsReplacement(Replacement):
         self._originals: dict[str, object] = {}
 
     def _install(self) -> None:
+        originals = {name: vars(self.cls).get(name, _MISSING) for name in self.methods}
+        for name, original in originals.items():
+            if original is not _MISSING:
+                package = self.cls.__module__.partition(".")[0]
+                signature = inspect.signature(self.methods[name])
+                _check_signature(package, f"{self.cls.__qualname__}.{name}", original, signature)
+        self._originals = originals
         for name, method in self.methods.items():
-            self._originals[name] = vars(self.cls).get(name, _MISSING)
             setattr(self.cls, name, method)
 
     def _remove(self) -> None:
@@ -112,9 +124,40 @@ class MethodsReplacement(Replacement):
         self._originals = {}
 
 
+class Group(Replacement):
+    """Several that come and go under one name."""
+
+    def __init__(self, *parts: Replacement):
+        self.parts = parts
+
+    def _install(self) -> None:
+        installed: list[Replacement] = []
+        try:
+            for part in self.parts:
+                part.hold()
+                installed.append(part)
+        except BaseException:
+            for part in reversed(installed):
+                part.release()
+            raise
+
+    def _remove(self) -> None:
+        for part in reversed(self.parts):
+            part.release()
+
+
 def original_of(function: object) -> object:
     """The function that a replacement stands in for; any other object is its own."""
     return getattr(function, "__retinanet_ext_original__", function)
+
+
+def _check_signature(package: str, name: str, original: Callable, expected: inspect.Signature) -> None:
+    signature = inspect.signature(original)
+    if _parameters(signature) != _parameters(expected):
+        raise RuntimeError(
+            f"patch: {name}: expected {expected}, as in the releases of {package} that this one was made for; "
+            f"the installed one has {signature}"
+        )
 
 
 def _parameters(signature: inspect.Signature) -> list[tuple[str, object, object]]:

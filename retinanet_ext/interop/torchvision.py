@@ -16,34 +16,14 @@ from torchvision.ops import focal_loss as tv_focal_loss
 from torchvision.tv_tensors import TVTensor
 
 from .. import ops
-from .._load import CUDA_MISSING
 from ..reference.focal_loss import autocast_enabled
+from .ordinary import HALVES, are_ordinary
 from .patching import FunctionReplacement, MethodsReplacement, Replacement
-from .torchvision_accelerate import RETINANET_METHODS, accelerate, restore
-from .torchvision_retinanet import RetinaNet
-
-__all__ = ["REPLACEMENTS", "accelerate", "restore"]
-
-_HALVES = (torch.float16, torch.bfloat16)
-_FLOATING = (*_HALVES, torch.float32, torch.float64)
+from .torchvision_retinanet import ACCELERATION
 
 
 def _are_ordinary(*tensors: object) -> bool:
-    """Floating tensors on one device that our operators run on, and nothing that transforms or traces them."""
-    first = tensors[0]
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING or tensor.device != first.device:
-            return False
-        # Other subclasses (DTensor ...) bring rules of their own for torchvision's operations.
-        if type(tensor) not in (Tensor, torch.nn.Parameter) and not isinstance(tensor, TVTensor):
-            return False
-    if first.device.type not in ("cpu", "meta") and not (first.device.type == "cuda" and CUDA_MISSING is None):
-        return False
-    return torch.compiler.is_compiling() or not (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return are_ordinary(*tensors, annotated=(TVTensor,))
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -55,7 +35,7 @@ def _computed_boxes(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """As torchvision's operator takes them under autocast: halves widened."""
     boxes, scores = _plain(boxes), _plain(scores)
     if autocast_enabled(boxes):
-        boxes, scores = (values.float() if values.dtype in _HALVES else values for values in (boxes, scores))
+        boxes, scores = (values.float() if values.dtype in HALVES else values for values in (boxes, scores))
     return boxes, scores
 
 
@@ -103,7 +83,7 @@ def _box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
 
 def _has_torchvisions_iou(boxes1: Tensor, boxes2: Tensor, fmt: str) -> bool:
     """Whether `ops.box_iou` has the same bits: of two halves of a type torchvision takes the overlap in that type."""
-    if boxes1.dtype == boxes2.dtype and boxes1.dtype in _HALVES:
+    if boxes1.dtype == boxes2.dtype and boxes1.dtype in HALVES:
         return False
     if fmt != "xyxy" and boxes1.dtype != boxes2.dtype:
         return False  # a corner of half boxes is computed, and so rounded, in halves
@@ -150,5 +130,5 @@ REPLACEMENTS: dict[str, Replacement] = {
     "batched_nms": _BATCHED_NMS,
     "sigmoid_focal_loss": _SIGMOID_FOCAL_LOSS,
     "box_iou": _BOX_IOU,
-    "retinanet": MethodsReplacement(RetinaNet, RETINANET_METHODS),
+    "retinanet": MethodsReplacement(ACCELERATION.base, ACCELERATION.methods),
 }

@@ -10,23 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .._load import CUDA_MISSING
 from ..reference.focal_loss import compute_dtype
+from .levels import Levels
 
 Targets = Sequence[Mapping[str, Tensor]]
-Levels = Sequence[Tensor]  # [B, A * K, H, W] or [B, n, K] each; deltas with 4 in place of K
-
-
-def is_eager(tensor: Tensor | None) -> bool:
-    """A device that our operators run on, and no tracer, which would record other operators than torchvision's."""
-    device = tensor.device.type if isinstance(tensor, Tensor) else None
-    return (
-        (device == "cpu" or (device == "cuda" and CUDA_MISSING is None))
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-    )
 
 
 def check_inputs(images: list[Tensor], targets: Targets | None, training: bool) -> list[tuple[int, int]]:

@@ -20,7 +20,10 @@ from ..reference.anchor_match import AssignedTargets
 from ..reference.focal_loss import autocast_enabled, compute_dtype
 from . import torchvision_inputs as inputs
 from . import torchvision_stock as stock
-from .torchvision_inputs import Levels, Targets
+from .accelerated import Acceleration
+from .levels import Levels, join_levels, unweighted
+from .ordinary import is_eager
+from .torchvision_inputs import Targets
 
 THEIRS = {name: vars(RetinaNet)[name] for name in ("forward", "compute_loss", "postprocess_detections")}
 
@@ -29,7 +32,7 @@ def compute_loss(self, targets: Targets, head_outputs: dict[str, Tensor], anchor
     """``cls_logits`` [B, N, K], ``bbox_regression`` [B, N, 4], ``anchors`` [N, 4] of each image."""
     logits, deltas = [head_outputs.get("cls_logits")], [head_outputs.get("bbox_regression")]
     if not (
-        inputs.is_eager(logits[0])
+        is_eager(logits[0])
         and stock.has_own_matching(self)
         and inputs.rows_fit(logits, deltas, [[image] for image in anchors])
         and inputs.layouts_fit(targets, logits, deltas, anchors)
@@ -73,7 +76,7 @@ def postprocess_detections(
 
 def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
     """torchvision's `RetinaNet.forward`, step by step, but that the heads' outputs are not permuted and joined."""
-    if not (_levels_are_enough(self) and len(images) > 0 and inputs.is_eager(images[0])):
+    if not (_levels_are_enough(self) and len(images) > 0 and is_eager(images[0])):
         return THEIRS["forward"](self, images, targets)
     original_sizes = inputs.check_inputs(images, targets, self.training)
     images, targets = self.transform(images, targets)
@@ -105,6 +108,7 @@ def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None 
 
 
 OURS = {"forward": forward, "compute_loss": compute_loss, "postprocess_detections": postprocess_detections}
+ACCELERATION = Acceleration("torchvision_retinanet", RetinaNet, OURS, THEIRS)
 
 
 def _levels_are_enough(model: RetinaNet) -> bool:
@@ -161,17 +165,7 @@ def _joined_anchors(anchors: list[Tensor], shared: bool = False) -> Tensor:
 
 def _joined_outputs(logits: Levels, deltas: Levels, num_classes: int) -> dict[str, Tensor]:
     """What torchvision's head returns: [B, N, K] and [B, N, 4]."""
-    return {"cls_logits": _joined(logits, num_classes), "bbox_regression": _joined(deltas, 4)}
-
-
-def _joined(levels: Levels, columns: int) -> Tensor:
-    rows = []
-    for level in levels:
-        if level.dim() == 4:
-            batch, _, height, width = level.shape
-            level = level.view(batch, -1, columns, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, columns)
-        rows.append(level)
-    return torch.cat(rows, dim=1)
+    return {"cls_logits": join_levels(logits, num_classes), "bbox_regression": join_levels(deltas, 4)}
 
 
 def _split_outputs(
@@ -214,7 +208,7 @@ def _class_loss(logits: Levels, assigned: AssignedTargets) -> Tensor:
     normalizer = _normalizer(assigned, compute_dtype(dtype))
     if dtype == torch.float64:  # the joint loss of all levels is float32
         num_classes = sum(level[0].numel() for level in logits) // assigned.labels.shape[1]
-        images = zip(_joined(logits, num_classes), assigned.labels, strict=True)
+        images = zip(join_levels(logits, num_classes), assigned.labels, strict=True)
         sums = [ops.sigmoid_focal_loss(*image, reduction="sum") for image in images]
         return (torch.stack(sums) / normalizer).sum()
     loss = ops.multilevel_focal_loss(logits, assigned.labels, normalizer=normalizer)
@@ -236,7 +230,7 @@ def _box_loss(head: nn.Module, targets: Targets, deltas: Levels, anchors: Tensor
 
 def _can_detect(model: RetinaNet, logits: Levels, deltas: Levels) -> bool:
     return (
-        inputs.is_eager(logits[0])
+        is_eager(logits[0])
         and stock.has_own_postprocessing(model)
         and compute_dtype(logits[0].dtype) == compute_dtype(deltas[0].dtype)
     )
@@ -251,7 +245,7 @@ def _detections(
     topk = min(model.topk_candidates, max(candidates))
     found = ops.detect(
         logits,
-        [_unweighted(level, model.box_coder.weights) for level in deltas],
+        [unweighted(level, model.box_coder.weights) for level in deltas],
         anchors,
         image_sizes,
         score_thresh=model.score_thresh,
@@ -271,16 +265,6 @@ def _detections(
         }
         for image, count in enumerate(counts)
     ]
-
-
-def _unweighted(level: Tensor, weights: Sequence[float]) -> Tensor:
-    """Deltas [B, 4 * A, H, W] or [B, n, 4] for a coder whose weights are all 1."""
-    if all(weight == 1 for weight in weights):
-        return level
-    weights = torch.tensor(weights, dtype=level.dtype, device=level.device)
-    if level.dim() == 3:
-        return level / weights
-    return level / weights.repeat(level.shape[1] // 4)[:, None, None]
 
 
 def _decoded_dtype(model: RetinaNet, deltas: Tensor, anchors: Tensor) -> torch.dtype:

@@ -7,12 +7,9 @@ that somebody has replaced in torchvision's modules: each turns the part it belo
 from __future__ import annotations
 
 import math
-import sys
 from numbers import Real
-from types import ModuleType
 
 from torch import nn
-from torch.nn.modules import module as torch_module
 from torchvision.models.detection import _utils as det_utils
 from torchvision.models.detection import retinanet as tv_retinanet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -20,35 +17,9 @@ from torchvision.ops import boxes as tv_boxes
 from torchvision.ops import focal_loss as tv_focal_loss
 from torchvision.ops import giou_loss as tv_giou_loss
 
-from .patching import original_of
+from .originals import has_own, is_bare, is_of
 
 CLIP = math.log(1000 / 16)  # of size deltas, as ours
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-
-
-def has_own(instance: object, cls: type, *methods: str) -> bool:
-    """Whether the instance runs these methods of ``cls``, and they are those of the module that defines it."""
-    return isinstance(instance, cls) and all(
-        getattr(type(instance), name, None) is vars(cls)[name]
-        and name not in vars(instance)
-        and is_of(vars(cls)[name], sys.modules[cls.__module__])
-        for name in methods
-    )
-
-
-def is_of(function: object, module: ModuleType) -> bool:
-    """Whether a function was defined in this module, or is our stand-in for one that was."""
-    return getattr(original_of(function), "__globals__", None) is vars(module)
-
-
-def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module is calling its ``forward`` and nothing else: no hooks, not compiled by itself."""
-    return (
-        not any(getattr(module, hooks) for hooks in _HOOKS)
-        and not any(getattr(torch_module, hooks) for hooks in _GLOBAL_HOOKS)
-        and getattr(module, "_compiled_call_impl", None) is None
-    )
 
 
 def has_own_matching(model: nn.Module) -> bool:

@@ -137,7 +137,8 @@ class RetinaNet(nn.Module):
             and ``labels`` int64 ``[D]``.
 
         Raises:
-            TypeError, ValueError: what is wrong with which image or target.
+            TypeError, ValueError: what is wrong with which image or target (under ``torch.compile`` boxes and labels
+                are not looked at, only their types and shapes).
         """
         images = check_images(images)
         if self.training:

@@ -86,8 +86,8 @@ class ImageTransform(nn.Module):
             math.ceil(max(sides) / self.size_divisible) * self.size_divisible for sides in zip(*sizes, strict=True)
         )
         batch = images[0].new_zeros((len(images), 3, height, width))
-        for padded, image in zip(batch, images, strict=True):
-            padded[:, : image.shape[1], : image.shape[2]] = image
+        for index, image in enumerate(images):
+            batch[index, :, : image.shape[1], : image.shape[2]] = image
         return ImageBatch(batch, sizes, original_sizes)
 
     def _normalize(self, image: Tensor) -> Tensor:

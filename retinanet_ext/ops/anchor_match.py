@@ -149,6 +149,7 @@ def assign_targets(
         TypeError, ValueError: as `match_anchors`, and for ``gt_labels`` that do not fit ``gt_boxes``.
     """
     name = "assign_targets"
+    check_no_vmap(name, gt_labels)
     _check_match(name, anchors, gt_boxes, fg_iou_thresh, bg_iou_thresh, policy, min_pos_iou, gt_ignore, gt_offsets)
     check_per_box(name, "gt_labels", gt_labels, gt_boxes, INTEGERS)
     anchors, gt_boxes = _in_one_dtype(anchors, gt_boxes)
@@ -198,7 +199,7 @@ def _check_match(
     gt_ignore: Sequence[Tensor] | Tensor | None,
     gt_offsets: Tensor | None,
 ) -> None:
-    check_no_vmap(op, anchors)
+    check_no_vmap(op, anchors, gt_boxes, gt_ignore, gt_offsets)
     check_anchors(op, anchors)
     check_anchors(op, anchors, check_gt_boxes(op, gt_boxes, gt_offsets, anchors.device))
     if gt_ignore is not None:

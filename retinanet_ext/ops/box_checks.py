@@ -17,10 +17,22 @@ def describe(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_no_vmap(op: str, value: object) -> None:
-    """Operators whose work depends on the values take batches themselves and cannot be vmapped."""
-    if isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value):
-        raise RuntimeError(f"{op}: vmap is not supported: pass the whole batch, or call it for each image")
+def no_vmap_message(op: str) -> str:
+    instead = "pass the whole batch, or call it for each image"
+    if op in ("nms", "batched_nms"):
+        instead = "how many rows stay differs by image; batched_nms_padded takes the whole batch"
+    return f"{op}: vmap is not supported: {instead}"
+
+
+def check_no_vmap(op: str, *values: object) -> None:
+    """Operators whose work depends on the values take batches themselves and cannot be vmapped.
+
+    ``values``: arguments, tensors and lists of tensors among them.
+    """
+    for value in values:
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, Tensor) and torch._C._functorch.is_batchedtensor(tensor):
+                raise RuntimeError(no_vmap_message(op))
 
 
 def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
@@ -64,7 +76,6 @@ def check_gt_boxes(op: str, gt_boxes: Boxes, gt_offsets: Tensor | None, device: 
         check_device(op, "gt_offsets", gt_offsets, device)
         named_boxes = [("gt_boxes", gt_boxes)]
     for name, boxes in named_boxes:
-        check_no_vmap(op, boxes)
         check_floating(op, name, boxes)
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"{op}: {name}: expected shape [M, 4], got {list(boxes.shape)}")

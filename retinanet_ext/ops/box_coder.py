@@ -46,11 +46,11 @@ def _fake_backward(grad, values, anchors, *options):
     return gradient(values, options[-2]), gradient(anchors, options[-1])
 
 
-def _summed(ctx, gradients: tuple[Tensor, Tensor]) -> list[Tensor | None]:
+def _summed(gradients: Sequence[Tensor], arguments: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of the arguments from those of the broadcast shape; None where nobody asks."""
     return [
-        gradient.sum_to_size(argument.shape).to(argument.dtype) if wanted else None
-        for gradient, argument, wanted in zip(gradients, ctx.saved_tensors, ctx.wanted, strict=True)
+        gradient.sum_to_size(argument.shape).to(argument.dtype) if is_wanted else None
+        for gradient, argument, is_wanted in zip(gradients, arguments, wanted, strict=True)
     ]
 
 
@@ -60,9 +60,10 @@ def _register(coder: _Coder) -> None:
         ctx.options = inputs[2:]
 
     def backward(ctx, grad):
-        ctx.wanted = ctx.needs_input_grad[:2]
-        gradients = coder.backward(grad, *ctx.saved_tensors, *ctx.options, *ctx.wanted)
-        return *_summed(ctx, gradients), *(None,) * len(ctx.options)
+        arguments = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
+        wanted = ctx.needs_input_grad[:2]
+        gradients = coder.backward(grad, *arguments, *ctx.options, *wanted)
+        return *_summed(gradients, arguments, wanted), *(None,) * len(ctx.options)
 
     def no_double_backward(ctx, *grads):
         raise RuntimeError(_double_backward_message(coder))
@@ -120,9 +121,10 @@ class _Code(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.wanted = ctx.needs_input_grad[1:3]
-        gradients = _CodeBackward.apply(ctx.coder, grad, *ctx.saved_tensors, (*ctx.options, *ctx.wanted))
-        return None, *_summed(ctx, gradients), None
+        arguments = ctx.saved_tensors  # once: checkpointing refuses to unpack them again
+        wanted = ctx.needs_input_grad[1:3]
+        gradients = _CodeBackward.apply(ctx.coder, grad, *arguments, (*ctx.options, *wanted))
+        return None, *_summed(gradients, arguments, wanted), None
 
     @staticmethod
     def vmap(info, in_dims, coder, values, anchors, options):

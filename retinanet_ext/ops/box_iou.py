@@ -1,7 +1,8 @@
 """Intersection over union of every pair of boxes: public wrapper, autograd, fake kernel and vmap.
 
-The forward pass is compiled. The gradient, which few need, is PyTorch operations on the [..., N, M] matrix, computed
-anew from the boxes: nothing of that size is kept from the forward pass, and second derivatives come with it.
+The forward pass is compiled, and on the CPU the gradient, too, where nothing differentiates it in turn. Elsewhere the
+gradient, which few need, is PyTorch operations on the [..., N, M] matrix, computed anew from the boxes: nothing of that
+size is kept from the forward pass, and second derivatives come with it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .box_checks import check_device, describe
 BOX_FORMATS = ("xyxy", "xywh", "cxcywh")  # in the order of their numbers in the schema
 
 _forward = torch.ops.retinanet_ext.box_iou.default
+_gradient_kernel = torch.ops.retinanet_ext.box_iou_backward.default
 
 
 @torch.library.register_fake("retinanet_ext::box_iou")
@@ -23,6 +25,12 @@ def _fake_forward(boxes1, boxes2, fmt):
     batch = torch.broadcast_shapes(boxes1.shape[:-2], boxes2.shape[:-2])
     dtype = torch.promote_types(boxes1.dtype, torch.float32)
     return boxes1.new_empty((*batch, boxes1.shape[-2], boxes2.shape[-2]), dtype=dtype)
+
+
+@torch.library.register_fake("retinanet_ext::box_iou_backward")
+def _fake_backward(grad, boxes1, boxes2, fmt):
+    batch = grad.shape[:-2]
+    return grad.new_empty((*batch, boxes1.shape[-2], 4)), grad.new_empty((*batch, boxes2.shape[-2], 4))
 
 
 def _corners_and_sizes(boxes: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +93,15 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return *_gradients(grad, *ctx.saved_tensors, BOX_FORMATS[ctx.fmt]), None
+    boxes1, boxes2 = ctx.saved_tensors
+    if grad.device.type != "cpu" or not is_plain_call(grad, boxes1, boxes2):
+        return *_gradients(grad, boxes1, boxes2, BOX_FORMATS[ctx.fmt]), None
+    gradients = _gradient_kernel(grad.contiguous(), boxes1, boxes2, ctx.fmt)
+    first, second = (
+        gradient.sum_to_size(boxes.shape).to(boxes.dtype)
+        for gradient, boxes in zip(gradients, (boxes1, boxes2), strict=True)
+    )
+    return first, second, None
 
 
 torch.library.register_autograd("retinanet_ext::box_iou", _backward, setup_context=_setup_context)
@@ -108,9 +124,10 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
     ``union = (area1 + area2) - intersection``, every operation rounded on its own. Halves are computed in
     float32, from the first subtraction on. Two boxes without area have an IoU of NaN (0 / 0).
 
-    Differentiable, more than once; the backward pass takes memory for several ``[..., N, M]`` matrices, the forward
-    pass for its result alone. There is no forward-mode derivative. Integers, and float64 beside another type, are
-    computed by PyTorch operations, as in torchvision.
+    Differentiable, more than once. The forward pass takes memory for its result alone, the backward pass on the CPU for
+    the boxes' gradients alone; on CUDA, and where it is differentiated in turn, for several ``[..., N, M]`` matrices.
+    There is no forward-mode derivative. Integers, and float64 beside another type, are computed by PyTorch
+    operations, as in torchvision.
 
     Args:
         boxes1: ``[..., N, 4]``.

@@ -19,6 +19,7 @@ from .box_checks import (
     check_gt_boxes,
     check_no_vmap,
     check_weights,
+    no_vmap_message,
 )
 
 LOSSES = ("l1", "smooth_l1", "giou")  # in the order of their numbers in the schema
@@ -91,7 +92,7 @@ def _raw_backward(ctx, grad):
     return grads, None, [None] * len(problem.gt_boxes), *(None,) * (3 + len(ctx.options))
 
 
-NO_VMAP = "box_regression_loss: vmap is not supported: pass the whole batch, or call it for each image"
+NO_VMAP = no_vmap_message("box_regression_loss")
 DOUBLE_BACKWARD = (
     "box_regression_loss: second derivatives are not implemented. "
     "retinanet_ext.reference.box_regression_loss, in plain PyTorch, has them."
@@ -239,9 +240,8 @@ def _split_normalizer(normalizer: Tensor | float | None, level: Tensor) -> tuple
 def _check(deltas, anchors, gt_boxes, matched, loss, beta, weights, normalizer, gt_offsets) -> list[Tensor]:
     """The levels of ``deltas``; an error that names the argument, what was expected and what came."""
     op = "box_regression_loss"
+    check_no_vmap(op, deltas, anchors, gt_boxes, matched, normalizer, gt_offsets)
     batch, num_anchors, device = _check_deltas(op, deltas)
-    for value in (anchors, matched, normalizer, gt_offsets):
-        check_no_vmap(op, value)
     check_anchors(op, anchors, batch)
     if anchors.shape[-2] != num_anchors:
         raise ValueError(f"{op}: anchors: expected {num_anchors}, as many as deltas, got {anchors.shape[-2]}")
@@ -273,7 +273,6 @@ def _check_deltas(op: str, deltas: Sequence[Tensor] | Tensor) -> tuple[int, int,
     levels = [("deltas", deltas)] if isinstance(deltas, Tensor) else _named_levels(op, "deltas", deltas)
     num_anchors = 0
     for name, level in levels:
-        check_no_vmap(op, level)
         check_floating(op, name, level)
         if level.dim() == 4 and level.shape[1] % 4 == 0:
             num_anchors += level.shape[1] // 4 * level.shape[2] * level.shape[3]

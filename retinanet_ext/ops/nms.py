@@ -71,6 +71,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         TypeError: something that is no tensor of the right kind.
         ValueError: mixed devices.
     """
+    check_no_vmap("batched_nms", idxs)
     _check_boxes_scores("batched_nms", boxes, scores)
     if not isinstance(idxs, Tensor):
         raise TypeError(f"batched_nms: idxs: expected a tensor, got {type(idxs).__name__}")
@@ -131,8 +132,7 @@ def batched_nms_padded(
             0.
     """
     op = "batched_nms_padded"
-    check_no_vmap(op, boxes)
-    check_no_vmap(op, scores)
+    check_no_vmap(op, boxes, scores, labels, num_valid)
     check_floating(op, "boxes", boxes)
     check_floating(op, "scores", scores)
     if boxes.dim() != 3 or boxes.shape[2] != 4:
@@ -162,8 +162,7 @@ def batched_nms_padded(
 
 def _check_boxes_scores(op: str, boxes: Tensor, scores: Tensor) -> None:
     """torchvision's checks with torchvision's words, which callers may match."""
-    check_no_vmap(op, boxes)
-    check_no_vmap(op, scores)
+    check_no_vmap(op, boxes, scores)
     check_floating(op, "boxes", boxes)
     check_floating(op, "scores", scores)
     if boxes.dim() != 2:

@@ -88,6 +88,7 @@ def detect(
             f"{op}: cls_logits, box_deltas: expected as many levels, at least one, "
             f"got {len(logit_levels)} and {len(delta_levels)}"
         )
+    check_no_vmap(op, logit_levels, delta_levels, anchors, image_sizes)
     batch, num_anchors, num_classes, device = _check_levels(op, logit_levels, delta_levels)
     check_anchors(op, anchors, batch)
     if anchors.shape[-2] != num_anchors:
@@ -132,7 +133,6 @@ def _check_levels(
     """Logits and deltas of each level are of the same anchors, with one K. Returns B, N, K and the device."""
     for name, levels in (("cls_logits", logit_levels), ("box_deltas", delta_levels)):
         for index, level in enumerate(levels):
-            check_no_vmap(op, level)
             check_floating(op, f"{name}[{index}]", level)
             check_device(op, f"{name}[{index}]", level, logit_levels[0].device)
             if level.dtype != levels[0].dtype:

@@ -1,0 +1,190 @@
+"""How the cost of each operator grows with one number, over three decades, beside torchvision's; `python -m
+benchmarks.report` plots it.
+
+Where a call of torchvision's takes seconds on the CPU, or more memory than there is, it is left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import bench_anchor_match
+import bench_box_iou
+import bench_box_loss
+import bench_detect
+import bench_focal_loss
+import bench_nms
+import pytest
+import torch
+
+import retinanet_ext
+
+Side = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`make(x, device)`: our call, torchvision's (None without it), the comparison, elements and bytes."""
+
+    axis: str
+    values: tuple[int, ...]
+    make: Callable[[int, torch.device], tuple[Side, Side | None, Callable, int, int]]
+    most: int | None = None  # the largest at which torchvision is timed
+    why: str = ""
+
+
+def has_torchvision() -> bool:
+    return importlib.util.find_spec("torchvision") is not None
+
+
+def focal(rows: int, classes: int, device: torch.device):
+    logits, targets = bench_focal_loss.make_case(rows, classes, torch.float32, device)
+    ours = bench_focal_loss.make_call(
+        functools.partial(retinanet_ext.sigmoid_focal_loss, reduction="sum"), logits, targets, backward=True
+    )
+    peer = None
+    if has_torchvision():
+        from torchvision.ops import sigmoid_focal_loss
+
+        dense = bench_focal_loss.one_hot(targets, classes, torch.float32)
+        peer = bench_focal_loss.make_call(
+            functools.partial(sigmoid_focal_loss, reduction="sum"), logits, dense, backward=True
+        )
+
+    def agree(mine, other):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+    return ours, peer, agree, logits.numel(), 8 * logits.numel() + 8 * rows
+
+
+def matching(image: tuple[int, int], count: int, device: torch.device):
+    anchors, boxes, labels = bench_anchor_match.make_case((image, 1, count), device)
+
+    def ours():
+        return retinanet_ext.assign_targets(anchors, boxes, labels, policy="torchvision")
+
+    def peer():
+        return bench_anchor_match.torchvision_targets(anchors, boxes, labels)
+
+    def agree(mine, other):
+        for one, two in zip(mine, other, strict=True):
+            assert torch.equal(one.long(), two.long())
+
+    return ours, peer if has_torchvision() else None, agree, len(anchors) * count, 24 * len(anchors)
+
+
+def box_loss(side: int, device: torch.device):
+    grids = [(-(-side // stride), -(-side // stride)) for stride in (8, 16, 32, 64, 128)]
+    levels, *others = bench_box_loss.make_case((grids, 1), torch.float32, torch.contiguous_format, device)
+    anchors, gt_boxes, matched, normalizer = others
+
+    def loss(leaves):
+        return retinanet_ext.box_regression_loss(leaves, anchors, gt_boxes, matched, normalizer=normalizer)
+
+    def agree(mine, other):
+        for one, two in zip(mine, other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
+
+    peer = bench_box_loss.peers(levels, others, backward=True)["torchvision"] if has_torchvision() else None
+    elements = sum(level.numel() for level in levels)
+    return bench_box_loss.make_call(loss, levels, backward=True), peer, agree, elements, 4 * elements + 8 * len(anchors)
+
+
+def suppression(variant: str, count: int, device: torch.device):
+    boxes, scores, labels = bench_nms.make_case(count, device)
+    arguments = (boxes, scores, 0.5) if variant == "nms" else (boxes, scores, labels, 0.5)
+    peer = None
+    if has_torchvision():
+        import torchvision
+
+        peer = functools.partial(getattr(torchvision.ops, variant), *arguments)
+    return functools.partial(getattr(retinanet_ext, variant), *arguments), peer, bench_nms.agree, count, 28 * count
+
+
+def post_processing(batch: int, classes: int, device: torch.device):
+    mean = bench_detect.DENSITIES[""]
+    case = ((320, 320), batch, classes)
+    logits, deltas, anchors, sizes = bench_detect.make_case(case, mean, torch.float32, device)
+    peer = bench_detect.torchvision_call(logits, deltas, anchors, sizes, classes) if has_torchvision() else None
+    elements = sum(level.numel() for level in logits)
+    ours = functools.partial(retinanet_ext.detect, logits, deltas, anchors, sizes)
+    return ours, peer, bench_detect.agree, elements, 4 * elements
+
+
+def pairs(count: int, device: torch.device):
+    boxes = [bench_box_iou.random_boxes(count, torch.float32, device, seed) for seed in range(2)]
+    peer = None
+    if has_torchvision():
+        from torchvision.ops import box_iou
+
+        peer = bench_box_iou.make_call(box_iou, boxes, backward=False)
+    ours = bench_box_iou.make_call(retinanet_ext.box_iou, boxes, backward=False)
+    return ours, peer, bench_box_iou.same_bits, count * count, 4 * count * count + 32 * count
+
+
+COCO = (800, 1344)
+SECONDS = "a call takes seconds"
+# By the title of the plot.
+CURVES = {
+    "sigmoid_focal_loss, forward and backward, 80 classes": Curve(
+        "rows N", (100, 1000, 10_000, 100_000), lambda x, device: focal(x, 80, device)
+    ),
+    "sigmoid_focal_loss, forward and backward, 10,000 rows": Curve(
+        "classes K", (1, 10, 100, 1000), lambda x, device: focal(10_000, x, device)
+    ),
+    "assign_targets, 201,600 anchors": Curve(
+        "boxes M",
+        (1, 10, 100, 1000, 5000),
+        lambda x, device: matching(COCO, x, device),
+        100,
+        f"{SECONDS} from 1,000 boxes on, and the matrix of 5,000 boxes 4 GB",
+    ),
+    "assign_targets, 50 boxes": Curve(
+        "side of the image, pixels",
+        (64, 256, 1024, 4096),
+        lambda x, device: matching((x, x), 50, device),
+        1024,
+        SECONDS,
+    ),
+    "box_regression_loss, forward and backward": Curve("side of the image, pixels", (64, 256, 1024, 4096), box_loss),
+    "box_iou, N x N": Curve("boxes N", (10, 100, 1000, 10_000), pairs),
+    "nms": Curve(
+        "boxes N", (100, 1000, 10_000, 100_000), lambda x, device: suppression("nms", x, device), 10_000, SECONDS
+    ),
+    "batched_nms, 80 classes": Curve(
+        "boxes N", (100, 1000, 10_000, 100_000), lambda x, device: suppression("batched_nms", x, device)
+    ),
+    "detect, 320 x 320, 80 classes": Curve(
+        "images B", (1, 4, 16, 64), lambda x, device: post_processing(x, 80, device)
+    ),
+    "detect, 320 x 320, one image": Curve(
+        "classes K", (1, 10, 100, 1000), lambda x, device: post_processing(1, x, device)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("title", "x"), [(title, x) for title, curve in CURVES.items() for x in curve.values], ids=lambda value: str(value)
+)
+def test_growth(compare, device, timed, title, x):
+    curve = CURVES[title]
+    if not timed and x != curve.values[0]:
+        pytest.skip("a smoke run takes the smallest case of a curve")
+    ours, peer, agree, elements, bytes = curve.make(x, device)
+    sides = {"torchvision": peer or "torchvision is not installed"}
+    if device.type == "cpu" and curve.most is not None and x > curve.most:
+        sides["torchvision"] = f"left out beyond {curve.most:,}: {curve.why}"
+    compare(
+        f"growth of {title}: {curve.axis} = {x}",
+        ours,
+        sides,
+        agree,
+        elements=elements,
+        bytes=bytes,
+        curve=title,
+        axis=curve.axis,
+        x=x,
+    )

@@ -1,0 +1,258 @@
+"""Writes the tables and plots of docs/performance.md from the results files alone: no figure there is typed by hand.
+
+    python -m benchmarks.report            # writes docs/performance.md, and docs/images/scaling-*.png
+    python -m benchmarks.report --check    # exit status 1 where the page does not say what the results files say
+
+The page holds blocks, whose first line says what belongs into them; everything else on it is prose. FILE is a name in
+benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
+
+    <!-- cases FILE: PATTERN, PATTERN ... -->     a row a case: ours, and each peer with its factor
+    <!-- machine FILE -->                         what it was measured on, and when
+    <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
+    <!-- reference FILE -->                       train_vs_reference.py
+    <!-- scaling FILE -->                         plots of bench_scaling.py, an image a curve
+    ...
+    <!-- end -->
+
+It reads json and writes text: it imports neither retinanet_ext nor PyTorch, and matplotlib for the plots alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "performance.md"
+IMAGES = HERE.parent / "docs" / "images"
+BLOCK = re.compile(r"^<!-- (?P<kind>[a-z]+) (?P<what>[^\n]*?) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
+
+
+class ReportError(ValueError):
+    """A block that cannot be written, with the reason."""
+
+
+def read(name: str, folder: Path) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ReportError(f"{path}: there is no such results file") from None
+    except ValueError as error:
+        raise ReportError(f"{path}: no results file: {error}") from None
+
+
+def number(value: float) -> str:
+    """Three digits, never in powers of ten."""
+    if value == 0:
+        return "0"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def link(name: str) -> str:
+    return f"[results](../benchmarks/results/{name}.json)"
+
+
+def chosen(report: dict[str, Any], patterns: Sequence[str], name: str) -> list[dict[str, Any]]:
+    """The cases that match, in the order of the patterns and then of the file."""
+    rows: list[dict[str, Any]] = []
+    for pattern in patterns:
+        found = [result for result in report["results"] if fnmatch.fnmatchcase(result["case"], pattern)]
+        if not found:
+            raise ReportError(f"{name}: no case matches {pattern!r}")
+        rows += [result for result in found if result not in rows]
+    return rows
+
+
+def cases(what: str, folder: Path) -> str:
+    name, _, patterns = what.partition(":")
+    wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()] or ["*"]
+    results = chosen(read(name.strip(), folder), wanted, name)
+    peers = list(dict.fromkeys(peer for result in results for peer in result["peers"]))
+    rows = []
+    for result in results:
+        own = result["ours"]["median"]
+        cells = [
+            f"{number(result['peers'][peer]['median'])} ({number(result['peers'][peer]['median'] / own)}×)"
+            if peer in result["peers"]
+            else ""
+            for peer in peers
+        ]
+        operator, _, rest = result["case"].partition(" ")
+        rows.append([f"`{operator}` {rest}", number(own), *cells])
+    return table(["case, milliseconds", "ours", *peers], rows)
+
+
+def machine(what: str, folder: Path) -> str:
+    name = what.strip()
+    report = read(name, folder)
+    facts = report["machine"]
+    versions = [
+        f"{package} {facts[package]}" for package in ("torch", "torchvision", "mmcv", "apex") if package in facts
+    ]
+    device = f"{facts['gpu']}, driver {facts['driver']}" if "gpu" in facts else facts["processor"]
+    threads = facts["torch_threads"]
+    commit = f"commit {facts['commit'][:9]}{' with changes' if facts['uncommitted_changes'] else ''}"
+    rounds = [result["ours"]["rounds"] for result in report["results"]]
+    return (
+        f"{device}; {facts['processors']} cores, {threads} thread{'s' if threads > 1 else ''}; {', '.join(versions)}; "
+        f"{report['date'][:10]}, {commit}; medians of {min(rounds)} to {max(rounds)} rounds, the sides in turns; "
+        f"{link(name)}.\n"
+    )
+
+
+def training(what: str, folder: Path) -> str:
+    runs = [(name.strip(), read(name.strip(), folder)) for name in what.split(",")]
+    sides = ("retinanet_ext", "torchvision")
+    figures = ("AP", "AP50", "seconds_per_step_median")
+    rows = [
+        [f"{run['recipe']['seed']} ({link(name)})", *(f"{run[side][key]:.3f}" for key in figures for side in sides)]
+        for name, run in runs
+    ]
+    if len(runs) > 1:
+        means = [f"{statistics.mean(run[side][key] for _, run in runs):.3f}" for key in figures[:2] for side in sides]
+        rows.append(["mean", *means, "", ""])
+    header = [
+        "seed",
+        "AP ours",
+        "torchvision",
+        "AP50 ours",
+        "torchvision",
+        "seconds a step, median, ours",
+        "torchvision",
+    ]
+    return table(header, rows)
+
+
+def reference(what: str, folder: Path) -> str:
+    report = read(what.strip(), folder)
+    steps, images = report["training"], report["prediction"]
+
+    def beside(label: str, seconds: dict[str, float]) -> list[str]:
+        own, plain = (1e3 * seconds[side] for side in ("operators", "reference"))
+        return [label, f"{number(own)} ms", f"{number(plain)} ms ({number(plain / own)}×)"]
+
+    same = images["images_with_the_same_labels_in_the_same_order"]
+    differences = [
+        f"{images[key]:.1e}" for key in ("largest_difference_of_a_coordinate", "largest_difference_of_a_score")
+    ]
+    rows = [
+        beside("matching and both losses of a batch, forward, median", steps["loss_seconds_median"]),
+        beside("post-processing of an image, median", images["postprocess_seconds_median"]),
+        [
+            f"largest relative difference of a loss over the {steps['steps']} steps",
+            f"{steps['largest_relative_difference_of_a_loss']:.1e}",
+            "",
+        ],
+        [
+            "images with the same detections in the same order",
+            f"{same} of {images['images']} ({images['detections']:,} detections)",
+            "",
+        ],
+        ["largest difference of a coordinate, of a score", f"{differences[0]} pixels, {differences[1]}", ""],
+    ]
+    return table(["", "operators", "plain PyTorch"], rows)
+
+
+def scaling(what: str, folder: Path) -> str:
+    from .report_plots import curves
+
+    name = what.strip()
+    report = read(name, folder)
+    parts = []
+    for title, points in curves(report).items():
+        notes = sorted({f"{peer}: {reason}" for point in points for peer, reason in point["skipped"].items()})
+        parts.append(f"![{title}](images/{plot_file(title)})\n" + "".join(f"\n- {note}\n" for note in notes))
+    return "\n".join(parts)
+
+
+def plot_file(title: str) -> str:
+    return f"scaling-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}.png"
+
+
+KINDS: dict[str, Callable[[str, Path], str]] = {
+    "cases": cases,
+    "machine": machine,
+    "training": training,
+    "reference": reference,
+    "scaling": scaling,
+}
+
+
+def fill(page: str, folder: Path) -> str:
+    """The page with its blocks written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        kind, what = match["kind"], match["what"]
+        if kind not in KINDS:
+            raise ReportError(f"<!-- {kind} {what} -->: expected one of {', '.join(KINDS)}")
+        return f"<!-- {kind} {what} -->\n{KINDS[kind](what, folder)}<!-- end -->"
+
+    filled, count = BLOCK.subn(block, page)
+    begun = len(re.findall(r"^<!-- (?!end)", page, re.M))
+    if begun != count:
+        raise ReportError(f"{begun} blocks begin, and {count} end with <!-- end -->")
+    return filled
+
+
+def draw(page: str, folder: Path, images: Path) -> list[Path]:
+    """The plots that the page shows."""
+    from .report_plots import curves, draw_curve
+
+    drawn = []
+    for match in BLOCK.finditer(page):
+        if match["kind"] != "scaling":
+            continue
+        name = match["what"].strip()
+        report = read(name, folder)
+        caption = machine(name, folder).split("; medians")[0]
+        for title, points in curves(report).items():
+            drawn.append(images / plot_file(title))
+            draw_curve(title, points, caption, drawn[-1])
+    return drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="Writes the tables and plots of docs/performance.md from benchmarks/results.",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit status 1 where the page is not current"
+    )
+    options = parser.parse_args(arguments)
+    page = PAGE.read_text()
+    try:
+        filled = fill(page, RESULTS)
+        if options.check:
+            if filled != page:
+                print(f"{PAGE}: not what the results files say: run python -m benchmarks.report", file=sys.stderr)
+            return int(filled != page)
+        drawn = draw(page, RESULTS, IMAGES)
+    except ReportError as error:
+        print(f"benchmarks.report: error: {error}", file=sys.stderr)
+        return 1
+    PAGE.write_text(filled)
+    for path in (PAGE, *drawn):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

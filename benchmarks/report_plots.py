@@ -1,0 +1,46 @@
+"""Plots of how the cost of an operator grows, from the results of bench_scaling.py: log axes, the peers beside ours."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+
+
+def curves(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The results that belong to a curve, by its title, from the smallest to the largest."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in report["results"]:
+        if "curve" in result["details"]:
+            found.setdefault(result["details"]["curve"], []).append(result)
+    return {title: sorted(points, key=lambda point: point["details"]["x"]) for title, points in found.items()}
+
+
+def draw_curve(title: str, points: list[dict[str, Any]], caption: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    peers = list(dict.fromkeys(peer for point in points for peer in point["peers"]))
+    for index, side in enumerate(["ours", *peers]):
+        timed = [
+            (point["details"]["x"], point["ours"] if side == "ours" else point["peers"].get(side)) for point in points
+        ]
+        places = [(x, timing) for x, timing in timed if timing is not None]
+        color = COLORS[index % len(COLORS)]
+        label = "retinanet_ext" if side == "ours" else side
+        axes.plot([x for x, _ in places], [t["median"] for _, t in places], "o-", color=color, label=label, ms=4)
+        # What is missing at the right end was left out for a reason, which the page gives.
+        if places and places[-1][0] != points[-1]["details"]["x"]:
+            axes.plot(*[[value] for value in (places[-1][0], places[-1][1]["median"])], "x", color=color, ms=11, mew=2)
+    axes.set(
+        xscale="log", yscale="log", xlabel=points[0]["details"]["axis"], ylabel="milliseconds, median", title=title
+    )
+    axes.grid(which="major", alpha=0.4)
+    axes.grid(which="minor", alpha=0.12)
+    axes.legend(frameon=False)
+    figure.supxlabel(textwrap.fill(caption, 110), fontsize=7, color="0.35")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})

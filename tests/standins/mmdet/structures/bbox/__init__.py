@@ -1,0 +1,3 @@
+from .bbox_overlaps import bbox_overlaps
+
+__all__ = ["bbox_overlaps"]

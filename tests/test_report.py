@@ -1,0 +1,102 @@
+"""docs/performance.md is written by `python -m benchmarks.report` from the results files alone."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("benchmarks.report", ROOT / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def timing(median, rounds=9):
+        return {"median": median, "minimum": median, "maximum": median, "rounds": rounds}
+
+    def result(case, ours, peers, **details):
+        return {"case": case, "ours": timing(ours), "peers": peers, "skipped": {}, "details": details}
+
+    machine = {
+        "processor": "A processor",
+        "processors": 2,
+        "torch_threads": 1,
+        "torch": "2.11.0",
+        "torchvision": "0.26.0",
+        "commit": "0123456789abcdef",
+        "uncommitted_changes": False,
+    }
+    results = [
+        result("nms 1000", 0.5, {"torchvision": timing(2.0), "compiled": timing(0.25)}),
+        result("nms 5000", 0.00001234, {"torchvision": timing(1234.0)}),
+        result("detect small", 3.0, {}),
+    ]
+    content = {"date": "2026-01-02T03:04:05+00:00", "machine": machine, "results": results}
+    (tmp_path / "some-cpu.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_the_page_says_what_the_results_files_say_without_importing_the_package():
+    code = (
+        "import sys; from benchmarks.report import main; status = main(['--check']);"
+        "assert not {'retinanet_ext', 'torch', 'matplotlib'} & set(sys.modules); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_page_that_is_not_current_is_an_error(report, monkeypatch, tmp_path, folder, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("Prose.\n\n<!-- cases some-cpu: nms 1000 -->\n<!-- end -->\n\nMore.\n")
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "RESULTS", folder)
+    assert report.main(["--check"]) == 1
+    assert "run python -m benchmarks.report" in capsys.readouterr().err
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    text = page.read_text()
+    assert text.startswith("Prose.\n\n<!-- cases")
+    assert text.endswith("<!-- end -->\n\nMore.\n")
+    assert "| `nms` 1000 | 0.5 | 2 (4×) | 0.25 (0.5×) |" in text
+
+
+def test_rows_in_the_order_of_the_patterns(report, folder):
+    text = report.cases("some-cpu: detect*, nms*", folder)
+    header, _, *rows = text.splitlines()
+    assert header == "| case, milliseconds | ours | torchvision | compiled |"
+    assert rows == [
+        "| `detect` small | 3 |  |  |",
+        "| `nms` 1000 | 0.5 | 2 (4×) | 0.25 (0.5×) |",
+        "| `nms` 5000 | 0.0000123 | 1234 (100000000×) |  |",
+    ]
+
+
+def test_the_machine_and_the_day_stand_with_the_figures(report, folder):
+    assert report.machine("some-cpu", folder) == (
+        "A processor; 2 cores, 1 thread; torch 2.11.0, torchvision 0.26.0; 2026-01-02, commit 012345678; medians of 9 "
+        "to 9 rounds, the sides in turns; [results](../benchmarks/results/some-cpu.json).\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("<!-- cases other: nms* -->\n<!-- end -->\n", "other.json: there is no such results file"),
+        ("<!-- cases some-cpu: focal* -->\n<!-- end -->\n", "no case matches 'focal\\*'"),
+        ("<!-- chart some-cpu -->\n<!-- end -->\n", "expected one of cases, machine"),
+        ("<!-- cases some-cpu: nms* -->\n", "1 blocks begin, and 0 end"),
+    ],
+)
+def test_errors(report, folder, page, message):
+    with pytest.raises(report.ReportError, match=message):
+        report.fill(page, folder)
