@@ -5,6 +5,9 @@ from torch import nn
 
 from retinanet_ext.models import RetinaNet
 
+# Of `engine.recorder` and `engine.run_folder`: what draws, which takes longer than such a model's epoch.
+PICTURES = ("recorder.plot_labels", "recorder.plot_results", "run_folder.draw_evaluation")
+
 
 class Backbone(nn.Module):
     """Five levels of 8 channels."""

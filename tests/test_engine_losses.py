@@ -1,5 +1,7 @@
 """The losses of a step: the model's own to the bit, one graph for torch.compile, and a host that never waits."""
 
+import contextlib
+
 import pytest
 import torch
 from small_retinanet import small_model
@@ -11,6 +13,7 @@ for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
 from retinanet_ext.data import Batch  # noqa: E402
 from retinanet_ext.engine.losses import LEAST_CAPACITY, make_losses  # noqa: E402
 from retinanet_ext.engine.schedule import make_optimizer, make_scheduler  # noqa: E402
+from retinanet_ext.engine.settings import SettingError  # noqa: E402
 from retinanet_ext.engine.stepper import Stepper  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -172,27 +175,78 @@ def test_padding_to_few_shapes_adds_background_alone():
     assert torch.equal(losses(*padded)["foreground"], losses(*plain)["foreground"])
 
 
+def graph_cases(name, kind, device, tensor_rate):
+    """Losses of steps with other images, counts and rates at each, two shapes in turn; weights; the stepper."""
+    from retinanet_ext.engine.graphed_stepper import SIDE, WARM_UP
+
+    batches = [make_batch((count, 1), size=(40, 56 if count % 2 else 200)) for count in range(4 * WARM_UP)]
+    model = small_model(norm="batch", max_size=200).to(device).train()
+    optimizer = make_optimizer(model, name, 0.01, tensor_rate=tensor_rate)
+    scheduler = make_scheduler(optimizer, len(batches), 3, "cosine")
+    stepper = kind(model, optimizer, scheduler, device, clip_grad_norm=1.0)
+    stepper.own_losses.side = SIDE
+    return torch.stack([stepper.take([batch]).values for batch in batches]), model.state_dict(), stepper
+
+
+def assert_same_steps(mine, right):
+    values, weights, stepper = mine
+    assert len(stepper.captured) == 2
+    torch.testing.assert_close(values, right[0], rtol=1e-3, atol=1e-4)
+    for key, value in right[1].items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_what_is_around_the_graph_takes_the_same_steps(name, monkeypatch):
+    """Without a GPU: streams do nothing, and a replay computes anew from the tensors that the graph would read."""
+    from retinanet_ext.engine import graphed_stepper
+
+    class Stream:
+        def __init__(self, *_):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    class Step(graphed_stepper.CapturedStep):
+        def __init__(self, stepper, prepared):
+            self.inputs = tuple(torch.zeros_like(tensor) for tensor in prepared)
+
+            class Graph:
+                def replay(_):
+                    self.values = stepper.step_on(self.inputs)
+
+            self.graph = Graph()
+
+    monkeypatch.setattr(graphed_stepper, "CapturedStep", Step)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    expected = graph_cases(name, Stepper, CPU, False)
+    assert_same_steps(graph_cases(name, graphed_stepper.GraphedStepper, CPU, name == "sgd"), expected)
+
+
 @pytest.mark.cuda
 @pytest.mark.graph
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_graph_takes_the_steps_that_the_eager_one_takes(name):
-    """Other images, counts and rates at each step, two shapes in turn."""
-    from retinanet_ext.engine.graphed_stepper import SIDE, WARM_UP, GraphedStepper
+    from retinanet_ext.engine.graphed_stepper import GraphedStepper
 
     device = torch.device("cuda")
-    batches = [make_batch((count, 1), size=(40, 56 if count % 2 else 200)) for count in range(4 * WARM_UP)]
+    expected = graph_cases(name, Stepper, device, False)
+    assert_same_steps(graph_cases(name, GraphedStepper, device, True), expected)
 
-    def train(kind, tensor_rate):
-        model = small_model(norm="batch", max_size=200).to(device).train()
-        optimizer = make_optimizer(model, name, 0.01, tensor_rate=tensor_rate)
-        scheduler = make_scheduler(optimizer, len(batches), 3, "cosine")
-        stepper = kind(model, optimizer, scheduler, device, clip_grad_norm=1.0)
-        stepper.own_losses.side = SIDE
-        return [stepper.take([batch]).values.tolist() for batch in batches], model.state_dict(), stepper
 
-    expected, weights, _ = train(Stepper, False)
-    values, graphed_weights, stepper = train(GraphedStepper, True)
-    assert len(stepper.captured) == 2
-    torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=1e-3, atol=1e-4)
-    for key, value in weights.items():
-        torch.testing.assert_close(graphed_weights[key], value, rtol=1e-3, atol=1e-4)
+def test_a_graph_is_for_one_process_and_our_own_model(monkeypatch):
+    from retinanet_ext.engine.distributed import World
+    from retinanet_ext.engine.graphed_stepper import GraphedStepper
+
+    model = torch.nn.Linear(1, 1)
+    optimizer = make_optimizer(model, "sgd", 0.1)
+    scheduler = make_scheduler(optimizer, 10, 0, "cosine")
+    with pytest.raises(SettingError, match="cuda_graph: expected a RetinaNet of this library, got Linear"):
+        GraphedStepper(model, optimizer, scheduler, CPU)
+    monkeypatch.setattr("retinanet_ext.engine.stepper.DistributedDataParallel", lambda module, **_: module)
+    with pytest.raises(SettingError, match="cuda_graph: captures the step of one process, got 2 processes"):
+        GraphedStepper(model, optimizer, scheduler, CPU, world=World(0, 2, 0, 2))

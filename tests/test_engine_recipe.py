@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from small_retinanet import build_small_model
+from small_retinanet import PICTURES, build_small_model
 from torch import nn
 
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
@@ -40,7 +40,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
+    """A model of milliseconds, and no pictures."""
     monkeypatch.setattr(train, "build_model", build_small_model)
+    for name in PICTURES:
+        monkeypatch.setattr(f"retinanet_ext.engine.{name}", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
