@@ -10,6 +10,7 @@ benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- reference FILE -->                       train_vs_reference.py
+    <!-- evaluation FILE -->                     evaluation_speed.py
     <!-- scaling FILE -->                         plots of bench_scaling.py, an image a curve
     ...
     <!-- end -->
@@ -170,6 +171,16 @@ def reference(what: str, folder: Path) -> str:
     return table(["", "operators", "plain PyTorch"], rows)
 
 
+def evaluation(what: str, folder: Path) -> str:
+    report = read(what.strip(), folder)
+    sides = [(f"`{name}`", report[name]) for name in ("score_detections", "match_detections")]
+    if "pycocotools" in report:
+        sides.append((f"pycocotools {report['versions']['pycocotools']}", report["pycocotools"]))
+    rows = [[name, number(side["seconds"]), number(side["processor_seconds"])] for name, side in sides]
+    size = f"{report['images']:,} images, {report['detections']:,} detections, {report['objects']:,} objects"
+    return table([f"{size}, {report['classes']} classes", "seconds", "of the processor"], rows)
+
+
 def scaling(what: str, folder: Path) -> str:
     from .report_plots import curves
 
@@ -191,6 +202,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "machine": machine,
     "training": training,
     "reference": reference,
+    "evaluation": evaluation,
     "scaling": scaling,
 }
 

@@ -45,6 +45,18 @@ def num_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def without_pictures():
+    """Runs write everything but their pictures, which take longer than the training of a test."""
+    from retinanet_ext.engine import recorder, run_folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((run_folder, "draw_evaluation"), (recorder, "plot_labels"), (recorder, "plot_results")):
+            patch.setattr(module, name, lambda *_: None)
+        patch.setattr(recorder, "with_pictures", lambda batches, *_: batches)
+        yield
+
+
 def find_tool(name: str) -> str:
     """A program of this Python's environment, before one of the same name elsewhere on the PATH."""
     folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -101,7 +101,8 @@ def test_val(trained, data, tmp_path, capsys):
     assert "AP50" in out
     assert "triangle" in out
     names = {path.name for path in (tmp_path / "val").iterdir()}
-    assert names == {"problems.txt", "metrics.json", "per_class.csv", "detections.json", "PR_curve.png"}
+    pictures = {"PR_curve.png", "confusion_matrix.png", "scores.png", "val_batch0_labels.jpg", "val_batch0_pred.jpg"}
+    assert names == {"problems.txt", "metrics.json", "per_class.csv", "detections.json", *pictures}
     assert json.loads((tmp_path / "val" / "metrics.json").read_text())["images"] == 2
 
 
@@ -137,6 +138,17 @@ def test_predict_on_folder_file_and_list(trained, data, tmp_path, capsys):
     assert len(content["annotations"]) > 0
     assert {"image_id", "category_id", "bbox", "score", "id"} <= content["annotations"][0].keys()
     assert len(content["images"]) == 4
+    confident = [annotation for annotation in content["annotations"] if annotation["score"] >= 0.005]
+    assert f"4 images, {len(content['annotations'])} detections, {len(confident)} of score 0.005 or more" in out
+    assert "next: no score" not in out
+
+
+def test_predict_says_where_no_score_is_high_enough(trained, data, tmp_path, capsys):
+    argv = ("predict", trained, data / "val", "--min-score", "0.001", "--score", "0.99", "--device", "cpu")
+    status, out, _ = run(capsys, *argv, "--run-dir", tmp_path / "out")
+    assert status == 0
+    best = max(a["score"] for a in json.loads((tmp_path / "out" / "detections.json").read_text())["annotations"])
+    assert f"next: no score reaches --score 0.99; the best is {best:.2f}: draw more with a lower one" in out
 
 
 def test_predict_goes_on_past_an_unreadable_image(trained, data, tmp_path, capsys):
@@ -207,6 +219,9 @@ TRAIN, VAL, PREDICT = ("train", "{data}"), ("val", "{weights}", "{data}"), ("pre
         ((*PREDICT, "--score", "3"), "--score: expected a score in [0, 1], got 3.0"),
         ((*PREDICT, "--min-score", "-1"), "--min-score: expected a score in [0, 1], got -1.0"),
         ((*PREDICT, "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
+        (("anchors", "{data}", "--max-size", "9"), "--min-size, --max-size: expected the first at most the second"),
+        (("bench", "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
+        (("bench", "--seconds", "0"), "--seconds: expected a number > 0, got 0.0"),
         (("demo", "--seed", "-1"), "--seed: expected a number >= 0, got -1"),
         (("demo", "--device", "abacus"), "--device: expected auto, cpu or cuda[:N], got 'abacus'"),
     ],
@@ -318,7 +333,9 @@ def test_a_missing_extra_is_named_with_its_command(missing, monkeypatch, data, t
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "val", "predict", "demo", "env"])
+@pytest.mark.parametrize(
+    "command", ["train", "val", "predict", "export", "anchors", "check-data", "bench", "demo", "env"]
+)
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         make_parser().parse_args([command, "--help"])

@@ -1,5 +1,7 @@
 """YOLO data sets: what the reader yields, and that what is wrong is named by file and line."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -147,3 +149,10 @@ def test_a_yaml_that_cannot_be_used(text, message, tmp_path):
 def test_a_count_of_classes_that_is_not_theirs_is_reported(tmp_path):
     dataset = open_dataset(write_yolo(tmp_path, {"a.png": "0 .5 .5 .5 .5"}, nc=80), "train")
     assert "number of classes: nc is 80, names has 2" in str(dataset.problems[0])
+
+
+def test_without_pyyaml_its_command_is_named(tmp_path, monkeypatch):
+    file = write_yolo(tmp_path, {"a.png": "0 .5 .5 .5 .5"})
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match=r'PyYAML is needed .* pip install "retinanet_ext\[train\]"'):
+        open_dataset(file, "train")

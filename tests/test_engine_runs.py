@@ -26,6 +26,8 @@ TINY = [
     *("--anchor-sizes", "8", "16", "32", "64", "128"),
 ]
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -22,6 +22,8 @@ from retinanet_ext.engine.schedule import make_optimizer, make_scheduler, rate_f
 from retinanet_ext.engine.stepper import Stepper  # noqa: E402
 from retinanet_ext.engine.train import Training  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -89,8 +91,6 @@ def test_run_folder_is_complete(full_run, data):
         "metrics.json",
         "per_class.csv",
         "detections.json",
-        "PR_curve.png",
-        "results.png",
         "weights",
     }
     assert {path.name for path in run.last.parent.iterdir()} == {"last.pt", "best.pt"}

@@ -100,3 +100,22 @@ def test_the_machine_and_the_day_stand_with_the_figures(report, folder):
 def test_errors(report, folder, page, message):
     with pytest.raises(report.ReportError, match=message):
         report.fill(page, folder)
+
+
+def test_the_evaluations_rows(report, tmp_path):
+    took = {"seconds": 9.5, "processor_seconds": 8.0}
+    content = {
+        "images": 5000,
+        "detections": 500000,
+        "objects": 36604,
+        "classes": 80,
+        "score_detections": took,
+        "match_detections": took,
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    header, _, *rows = report.evaluation("a", tmp_path).splitlines()
+    assert header == "| 5,000 images, 500,000 detections, 36,604 objects, 80 classes | seconds | of the processor |"
+    assert rows == ["| `score_detections` | 9.5 | 8 |", "| `match_detections` | 9.5 | 8 |"]
+    content.update(pycocotools={"seconds": 80.0, "processor_seconds": 70.0}, versions={"pycocotools": "2.0.11"})
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert report.evaluation("a", tmp_path).splitlines()[-1] == "| pycocotools 2.0.11 | 80 | 70 |"

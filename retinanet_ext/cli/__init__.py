@@ -1,4 +1,4 @@
-"""The command `retinanet-ext`: train, val, predict, export, demo, env.
+"""The command `retinanet-ext`: train, val, predict, export, anchors, check-data, bench, env, demo.
 
 Exit status: 0 done; 1 the command failed, with the reason on standard error; 2 arguments that are missing,
 contradict each other or have a wrong value, before anything is written; 130 interrupted. A module here holds the
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import demo, env, export, predict, train, val
+from . import anchors, bench, check_data, demo, env, export, predict, train, val
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +81,6 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (train, val, predict, export, demo, env):
+    for module in (train, val, predict, export, anchors, check_data, bench, env, demo):
         module.add_parser(commands)
     return parser

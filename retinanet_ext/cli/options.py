@@ -23,6 +23,24 @@ def new_command(
     return command
 
 
+def add_anchors(group) -> None:
+    group.add_argument(
+        "--anchor-sizes",
+        type=float,
+        nargs=5,
+        metavar="PX",
+        help="smallest anchor side of the levels P3 to P7, in pixels of the resized image (default: 32 64 "
+        "128 256 512); each level has it times 1, 1.26 and 1.59",
+    )
+    group.add_argument(
+        "--aspect-ratios",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="height / width of the anchors (default: 0.5 1 2)",
+    )
+
+
 def add_checks(group) -> None:
     group.add_argument(
         "--check-images",

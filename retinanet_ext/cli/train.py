@@ -2,7 +2,7 @@
 
 import argparse
 
-from .options import DATA_HELP, add_checks, add_machine, new_command
+from .options import DATA_HELP, add_anchors, add_checks, add_machine, new_command
 
 
 def add_parser(commands) -> None:
@@ -12,15 +12,17 @@ def add_parser(commands) -> None:
         "train a RetinaNet on a data set",
         "  retinanet-ext train VOCdevkit/VOC2012 --arch resnet50 --epochs 12\n"
         "  retinanet-ext train train.json --images photos --val-data val.json --min-size 480 --max-size 640\n"
+        "  retinanet-ext train data.yaml --epochs 50 --run-dir runs/yolo_data\n"
         "  retinanet-ext train cells --arch resnet18 --min-size 240 --max-size 320 "
         "--anchor-sizes 16 32 64 128 256\n"
         "  retinanet-ext train --resume runs/train\n"
         "  torchrun --nproc-per-node=8 -m retinanet_ext train train.json --val-data val.json --batch-size 16\n"
         "docs/training.md says what each option does and when it helps.",
         "Train a RetinaNet from random weights. The run folder receives args.json, results.csv (an epoch a "
-        "row), steps.csv, results.png, problems.txt, weights/last.pt (the whole state, for --resume), "
-        "weights/best.pt (the model of the best validation AP), and of the best epoch "
-        "metrics.json, per_class.csv, PR_curve.png and detections.json.",
+        "row), steps.csv, results.png, labels.png, train_batch*.jpg, problems.txt, weights/last.pt (the whole state, "
+        "for --resume), weights/best.pt (the model of the best validation AP), and of the best epoch metrics.json, "
+        "per_class.csv, detections.json, PR_curve.png, confusion_matrix.png, scores.png and val_batch*.jpg; "
+        "TensorBoard's events where it is installed.",
         # Defaults are TrainConfig's: what is not typed is not there, so that --resume knows what was asked of it.
         argument_default=argparse.SUPPRESS,
     )
@@ -51,21 +53,7 @@ def add_parser(commands) -> None:
         help="side the shorter image side is resized to; of several, each image draws one (default: 800)",
     )
     model.add_argument("--max-size", type=int, metavar="PX", help="limit of the longer side (default: 1333)")
-    model.add_argument(
-        "--anchor-sizes",
-        type=float,
-        nargs=5,
-        metavar="PX",
-        help="smallest anchor side of the levels P3 to P7, in pixels of the resized image (default: 32 64 "
-        "128 256 512); each level has it times 1, 1.26 and 1.59",
-    )
-    model.add_argument(
-        "--aspect-ratios",
-        type=float,
-        nargs="+",
-        metavar="R",
-        help="height / width of the anchors (default: 0.5 1 2)",
-    )
+    add_anchors(model)
     recipe = command.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, help="(default: 12)")
     recipe.add_argument("--batch-size", type=int, metavar="N", help="images at once, over all processes (default: 4)")

@@ -10,8 +10,9 @@ def add_parser(commands) -> None:
         "evaluate a trained model",
         "  retinanet-ext val runs/train/weights/best.pt VOCdevkit/VOC2012\n"
         "  retinanet-ext val best.pt test.json --images photos --run-dir runs/test",
-        "Evaluate a trained model: COCO AP overall and for each class. Writes metrics.json, per_class.csv, "
-        "PR_curve.png, detections.json (COCO results) and problems.txt to the run folder.",
+        "Evaluate a trained model: COCO AP overall and for each class, and the loss. Writes metrics.json, "
+        "per_class.csv, PR_curve.png, confusion_matrix.png, scores.png, val_batch*.jpg, detections.json (COCO results) "
+        "and problems.txt to the run folder.",
     )
     command.add_argument("weights", help="a checkpoint of `retinanet-ext train`, or its run folder: the best weights")
     command.add_argument("data", help=DATA_HELP)

@@ -4,7 +4,7 @@ generated set of shapes."""
 from .coco import CocoDataset
 from .dataset import DatasetError, DetectionDataset, ImageRecord, Problem, UnreadableImageError, summarise
 from .loader import Batch, EpochShuffle, SampleView, make_loader
-from .open import names_splits, open_dataset
+from .open import find_splits, names_splits, open_dataset
 from .shapes import generate_shapes
 from .transforms import Compose, RandomHorizontalFlip, RandomVerticalFlip, ScaleJitter, Transform, sample_rng
 from .voc import VocDataset
@@ -27,6 +27,7 @@ __all__ = [
     "UnreadableImageError",
     "VocDataset",
     "YoloDataset",
+    "find_splits",
     "generate_shapes",
     "make_loader",
     "names_splits",

@@ -6,7 +6,9 @@ from pathlib import Path
 from .coco import CocoDataset
 from .dataset import DatasetError, DetectionDataset
 from .voc import VocDataset
-from .yolo import YAML_SUFFIXES, YoloDataset
+from .yolo import YAML_SUFFIXES, YoloDataset, splits_of_yaml
+
+SPLITS = ("train", "val", "test")
 
 
 def open_dataset(
@@ -43,7 +45,7 @@ def open_dataset(
         raise DatasetError(f"{source}: no such file or folder")
     if (source / "ImageSets" / "Main").is_dir():
         return VocDataset(source, split, class_names=class_names, verify=verify)
-    names = (f"{split}.json", f"instances_{split}.json", f"instances_{split}2017.json")
+    names = _json_names(split)
     for name in names:
         json_file = source / "annotations" / name
         if json_file.is_file():
@@ -59,6 +61,26 @@ def open_dataset(
         f"{source}: not a data set: expected a COCO json file, a folder with annotations/{names[0]} "
         f"(or {names[1]}), a VOC folder with ImageSets/Main/{split}.txt, or a YOLO yaml"
     )
+
+
+def find_splits(source: str | Path) -> list[str]:
+    """Those of train, val and test that a data set has; of a COCO json, which is one split, its images' likely name.
+
+    Empty where `source` is no data set, or has splits of other names alone.
+    """
+    source = Path(source)
+    if source.is_file():
+        usual = [split for split in SPLITS if split in source.stem]
+        return splits_of_yaml(source) if names_splits(source) else (usual or ["train"])[:1]
+    if (source / "data.yaml").is_file() and not (source / "ImageSets" / "Main").is_dir():
+        return splits_of_yaml(source / "data.yaml")
+    lists = {split: [source / "ImageSets" / "Main" / f"{split}.txt"] for split in SPLITS}
+    jsons = {split: [source / "annotations" / name for name in _json_names(split)] for split in SPLITS}
+    return [split for split in SPLITS if any(path.is_file() for path in (*lists[split], *jsons[split]))]
+
+
+def _json_names(split: str) -> tuple[str, ...]:
+    return (f"{split}.json", f"instances_{split}.json", f"instances_{split}2017.json")
 
 
 def names_splits(file: str | Path) -> bool:

@@ -72,7 +72,7 @@ class YoloDataset(DetectionDataset):
         )
 
 
-def splits(yaml_file: str | Path) -> list[str]:
+def splits_of_yaml(yaml_file: str | Path) -> list[str]:
     """The splits that a YOLO yaml names, of train, val and test."""
     content = _read_yaml(Path(yaml_file))
     return [split for split in ("train", "val", "test") if content.get(split)]

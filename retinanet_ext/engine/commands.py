@@ -6,10 +6,12 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from retinanet_ext.data import open_dataset
+from retinanet_ext.data import find_splits, open_dataset
 from retinanet_ext.data.extras import require_all
 
 from . import demo
+from .anchor_report import report_anchors
+from .check_data import check_data
 from .checkpoint import load_checkpoint, load_model
 from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers, resume_config
 from .distributed import World, joined, started_world
@@ -86,7 +88,8 @@ def _summary(run: RunFolder, epochs: int) -> str:
         of_epoch = f" (epoch {epoch})"
         if (result := run.read_evaluation()) is not None:
             lines.append(format_best(result, epoch, epochs))
-    return "\n".join([*lines, f"weights: {run.best}{of_epoch}", f"logs and plots: {run.root}"])
+    where = [f"weights: {run.best}{of_epoch}", f"logs and plots: {run.root}"]
+    return "\n".join([*lines, *where, f"next: retinanet-ext predict {shlex.quote(str(run.root))} IMAGES"])
 
 
 def run_val(arguments: argparse.Namespace) -> int:
@@ -158,8 +161,12 @@ def _predict(arguments: argparse.Namespace, run: RunFolder) -> int:
     run.problems.unlink(missing_ok=True)
     run.add_problems(problems)
     write_json(run.root / "detections.json", result.content, indent=None)
-    found = len(result.content["annotations"])
-    print(f"{len(result.content['images'])} images, {found} detections; results: {run.root}")
+    scores = [annotation["score"] for annotation in result.content["annotations"]]
+    confident = f"{sum(score >= arguments.score for score in scores)} of score {arguments.score:g} or more"
+    print(f"{len(result.content['images'])} images, {len(scores)} detections, {confident}; results: {run.root}")
+    if scores and max(scores) < arguments.score:
+        best = f"the best is {max(scores):.2f}"
+        print(f"next: no score reaches --score {arguments.score:g}; {best}: draw more with a lower one")
     if problems:
         print(f"{len(problems)} problems, first: {problems[0]}; all in {run.problems}", file=sys.stderr)
         return 1
@@ -171,6 +178,49 @@ def run_export(arguments: argparse.Namespace) -> int:
     settings = {name: value for name, value in vars(arguments).items() if name != "command"}
     print(export(**settings))
     return 0
+
+
+def run_anchors(arguments: argparse.Namespace) -> int:
+    """Report how well anchors cover a data set, and propose better ones."""
+    config = TrainConfig(
+        arguments.data,
+        min_size=(arguments.min_size,),
+        max_size=arguments.max_size,
+        anchor_sizes=tuple(arguments.anchor_sizes),
+        aspect_ratios=tuple(arguments.aspect_ratios),
+    )
+    dataset = open_dataset(arguments.data, arguments.split, images=arguments.images)
+    print(dataset.describe())
+    print(report_anchors(dataset, config))
+    return 0
+
+
+def run_check_data(arguments: argparse.Namespace) -> int:
+    """Read a data set in full and say what is wrong with it."""
+    require_all("PIL.Image", "matplotlib.figure")
+    splits = arguments.split or find_splits(arguments.data) or ["train"]
+    with new_run_dir(arguments.run_dir, "check") as folder:
+        run = RunFolder(folder)
+        run.check_empty()
+        run.problems.unlink(missing_ok=True)
+        problems = check_data(arguments.data, splits, run, images=arguments.images)
+    print(f"{len(problems)} problems; pictures: {run.root}")
+    if problems:
+        print(
+            f"retinanet-ext check-data: {len(problems)} problems, all in {run.problems}: mend the files; training "
+            "leaves out what is named there",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"next: retinanet-ext anchors {shlex.quote(arguments.data)}")
+    return 0
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Time the operators and a small model here."""
+    from .bench import run_bench as bench
+
+    return bench(resolve_device(arguments.device), seconds=arguments.seconds)
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

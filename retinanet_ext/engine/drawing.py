@@ -9,6 +9,8 @@ from retinanet_ext.data.extras import require
 
 # Small images are enlarged to this short side before anything is drawn, so that labels have room.
 MIN_SHORT_SIDE = 480
+# ... but never beyond this long side.
+MAX_LONG_SIDE = 1920
 # Colours that differ in hue and in lightness, so that neighbours differ on any background.
 PALETTE = (
     (230, 57, 70),
@@ -38,7 +40,7 @@ class Box:
 
 def enlargement(width: int, height: int) -> float:
     """The factor by which a picture is enlarged before drawing, 1 or more."""
-    return max(1.0, MIN_SHORT_SIDE / max(1, min(width, height)))
+    return max(1.0, min(MIN_SHORT_SIDE / min(width, height), MAX_LONG_SIDE / max(width, height)))
 
 
 def draw_boxes(image, boxes: Sequence[Box], title: str = "", side: int | None = None):

@@ -38,6 +38,10 @@ def _plot_loss(axes, steps: dict[str, np.ndarray], epochs: dict[str, np.ndarray]
         style = {"color": "black", "marker": "o", "markersize": 4, "linewidth": 1.2}
         axes.plot(epochs["step"][known], validation[known], label="validation", **style)
     axes.set(title=f"{name} loss", xlabel="step", yscale="log")
+    ticker = require("matplotlib.ticker")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.legend(frameon=False)
 
 

@@ -19,7 +19,7 @@ MAX_TICKS = 60
 
 def plot_precision_recall(result: Evaluation, path: Path) -> None:
     """Precision over recall at IoU 0.5: a curve a class, and their mean."""
-    figure, axes = new_figure(7.5, 5)
+    figure, axes = new_figure(8.5, 5)
     recall = np.linspace(0.0, 1.0, result.precision50.shape[0])
     known = [k for k, row in enumerate(result.per_class) if not math.isnan(row["AP50"])]
     named = len(known) <= MAX_NAMED_CLASSES
@@ -30,7 +30,7 @@ def plot_precision_recall(result: Evaluation, path: Path) -> None:
     if known:
         mean = result.precision50[:, known].mean(axis=1)
         axes.plot(recall, mean, color="black", linewidth=2.4, label=f"all  {result.metrics['AP50']:.3f}")
-        axes.legend(title="class  AP50", loc="lower left", frameon=False)
+        figure.legend(title="class  AP50", loc="outside right upper", frameon=False)
     else:
         axes.text(0.5, 0.5, "no objects in the ground truth", ha="center", va="center")
     axes.set(

@@ -25,9 +25,9 @@ def plot_labels(dataset: DetectionDataset, path: Path) -> None:
     _plot_classes(axes[0, 0], labels, dataset.class_names)
     _plot_sizes(axes[0, 1], np.sqrt(sides.prod(axis=1)))
     _plot_ratios(axes[0, 2], sides[:, 1] / sides[:, 0])
-    _plot_density(figure, axes[1, 0], (boxes[:, :2] + boxes[:, 2:]) / 2 / images, "centres", ("x", "y"))
+    _plot_density(axes[1, 0], (boxes[:, :2] + boxes[:, 2:]) / 2 / images, "centres", ("x", "y"), "linear")
     axes[1, 0].invert_yaxis()
-    _plot_density(figure, axes[1, 1], sides / images, "sides as parts of the image", ("width", "height"))
+    _plot_density(axes[1, 1], sides / images, "sides as parts of the image", ("width", "height"), "log")
     per_image = np.array([len(record.labels) for record in records])
     axes[1, 2].hist(per_image, bins=np.arange(per_image.max() + 2) - 0.5, color="tab:purple")
     axes[1, 2].set(title=f"objects an image (mean {per_image.mean():.1f})", xlabel="objects", ylabel="images")
@@ -51,7 +51,7 @@ def _plot_sizes(axes, sizes: np.ndarray) -> None:
     if len(sizes):
         low, high = max(1.0, sizes.min() * 0.9), max(2.0, sizes.max() * 1.1)
         axes.hist(sizes, bins=np.geomspace(low, high, 41), color="tab:orange")
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
     for limit in SIZE_LIMITS:
         axes.axvline(limit, color="0.4", linewidth=1, linestyle="--")
     axes.xaxis.set_major_formatter("{x:g}")
@@ -65,10 +65,9 @@ def _plot_ratios(axes, ratios: np.ndarray) -> None:
     axes.set(title="aspect ratio", xlabel="height / width", ylabel="objects")
 
 
-def _plot_density(figure, axes, points: np.ndarray, title: str, names: tuple[str, str]) -> None:
+def _plot_density(axes, points: np.ndarray, title: str, names: tuple[str, str], norm: str) -> None:
     """Where points of the unit square are frequent."""
-    counts, *_ = np.histogram2d(points[:, 1], points[:, 0], bins=40, range=((0, 1), (0, 1)))
-    image = axes.imshow(counts, origin="lower", extent=(0, 1, 0, 1), cmap="viridis", aspect="equal")
-    figure.colorbar(image, ax=axes, label="objects")
+    counts, *_ = np.histogram2d(points[:, 1], points[:, 0], bins=25, range=((0, 1), (0, 1)))
+    axes.imshow(counts, origin="lower", extent=(0, 1, 0, 1), cmap="viridis", aspect="equal", norm=norm)
     axes.grid(visible=False)
     axes.set(title=title, xlabel=names[0], ylabel=names[1])

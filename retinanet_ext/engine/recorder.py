@@ -9,6 +9,7 @@ from retinanet_ext.data.extras import require
 
 from .distributed import World
 from .evaluate import Evaluation
+from .event_log import EventLog
 from .loop import StepRecord
 from .plots import plot_results
 from .plots_labels import plot_labels
@@ -47,6 +48,7 @@ class Recorder:
         self.run, self.world = run, world
         self.say = say if world.is_main else _say_nothing
         self.progress: Progress | None = None
+        self.events: EventLog | None = None  # the main process's
         self.broken: set[str] = set()
         self.kept: list[Problem] = []
 
@@ -54,11 +56,13 @@ class Recorder:
         if self.world.is_main:
             self.run.start(args)
             plot_labels(dataset, self.run.root / "labels.png")
+            self.events = EventLog(self.run.root)
 
     def go_on(self, args: dict[str, Any], epoch: int, step: int, where: str) -> None:
         if self.world.is_main:
             write_json(self.run.args, args)
             self.run.rewind(epoch, step)
+            self.events = EventLog(self.run.root, step)
         self.say(f"resuming {self.run.root} {where}")
 
     def steps(self, total: int, done: int) -> Progress:
@@ -74,6 +78,8 @@ class Recorder:
 
     def step(self, log: "StepLog | _NoLog", record: StepRecord, epoch: int) -> None:
         log.add({**dataclasses.asdict(record), "epoch": epoch})
+        if self.events is not None:
+            self.events.add_step(record)
         self.progress.advance(
             cls=f"{record.classification:.3f}",
             box=f"{record.bbox_regression:.3f}",
@@ -88,6 +94,7 @@ class Recorder:
         if self.world.is_main:
             self.add_problems([problem for share in shares[1:] for problem in share])
             self.run.add_epoch(row)
+            self.events.add_epoch(row)
             self.progress.write(_epoch_line(row, epochs))
 
     def evaluation(self, result: Evaluation, dataset: DetectionDataset) -> None:
@@ -96,6 +103,7 @@ class Recorder:
 
     def finish(self) -> None:
         if self.world.is_main:
+            self.events.close()
             plot_results(self.run.results, self.run.steps, self.run.root / "results.png")
 
     def write(self, text: str) -> None:

@@ -161,7 +161,7 @@ class RunFolder:
             self.root / "metrics.json",
             {
                 **metrics,
-                **{f"val_{name}": value for name, value in result.losses.items()},
+                **{f"val_{name}": value for name, value in result.losses.items() if math.isfinite(value)},
                 "images": result.images,
                 "predict_seconds": round(result.seconds, 3),
             },
