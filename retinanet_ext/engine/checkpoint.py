@@ -21,7 +21,7 @@ from torch import nn
 from retinanet_ext.models import RetinaNetConfig, build_retinanet
 
 FORMAT = "retinanet_ext.checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 class CheckpointError(ValueError):
@@ -72,19 +72,22 @@ def save_checkpoint(
     step: int = 0,
     best: float | None = None,
     args: dict[str, Any] | None = None,
+    ema: dict[str, Any] | None = None,
+    progress: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint to `path`, atomically.
 
     `model_config`: what `build_model` takes. `epoch`: finished epochs; `step`: finished optimizer steps;
-    `best`: the best validation AP so far. Without `optimizer` the file holds a model to use, not a run to go
-    on with.
+    `best`: the best validation AP so far; `ema`: the state of the average of the weights; `progress`: of a run in
+    the middle of an epoch, see `train.Training`. Without `optimizer` the file holds a model to use, not a run to
+    go on with.
     """
     content = {
         "format": FORMAT,
         "version": VERSION,
         "torch": str(torch.__version__),
         "model": model.state_dict(),
-        "buffers": _other_buffers(model),
+        "buffers": other_buffers(model),
         "model_config": model_config,
         "class_names": list(class_names),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
@@ -94,6 +97,8 @@ def save_checkpoint(
         "step": step,
         "best": best,
         "args": args,
+        "ema": ema,
+        "progress": progress,
     }
     write_atomically(path, lambda stream: torch.save(content, stream))
 
@@ -141,7 +146,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             f"{path}: checkpoint format {content['version']}, and this retinanet_ext reads up to {VERSION}: "
             "update retinanet_ext"
         )
-    return content
+    return {"ema": None, "progress": None, **content}  # files of version 1 have neither
 
 
 def _unpickling_reason(error: pickle.UnpicklingError) -> str:
@@ -177,13 +182,14 @@ def load_state(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """The weights of a checkpoint, and the buffers that no state dict has: a running normalizer of the losses. Raises
     RuntimeError where the weights do not fit."""
     model.load_state_dict(checkpoint["model"])
-    own = _other_buffers(model)
+    own = other_buffers(model)
     for name, value in checkpoint.get("buffers", {}).items():  # files of earlier versions have none
         if name in own:
             own[name].copy_(value)
 
 
-def _other_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def other_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are no part of the model's state dict, by name."""
     kept = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
 
