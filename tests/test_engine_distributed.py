@@ -280,7 +280,7 @@ def test_settings_that_do_not_fit_the_processes(data, tmp_path):
         Training(config, tmp_path / "run")
     with pytest.raises(SettingError, match="cuda_graph: is for CUDA devices alone, got cpu"):
         Training(TrainConfig(str(data), cuda_graph=True, device="cpu"), tmp_path / "run")
-    with pytest.raises(SettingError, match="norm: sync_batch of several processes is for CUDA alone.* got cpu"):
+    with pytest.raises(SettingError, match=r"norm: sync_batch of several processes is for CUDA alone.* got cpu"):
         Training(TrainConfig(str(data), norm="sync_batch", device="cpu"), tmp_path / "run", world=World(0, 2, 0, 2))
     for other in ({"compile": True}, {"accumulate": 2}):
         with pytest.raises(SettingError, match=f"cuda_graph, {next(iter(other))}: a graph holds a whole step"):
