@@ -22,6 +22,7 @@ from retinanet_ext.interop.layouts import LAYOUTS
 
 NUM_CLASSES = 5
 SIZES, RATIOS = 3, 3
+OUTPUTS = ("classification_head.cls_logits", "regression_head.bbox_reg")
 IMAGES = [torch.rand(3, 60, 90, generator=torch.Generator().manual_seed(0))]
 
 
@@ -140,6 +141,35 @@ def test_mmdet():
     assert_all_fits(report)
     assert not report.reordered
     assert_same_model(model, expected)
+
+
+def by_size(value):
+    """Channels of anchors by ratio and then by size, the other way round."""
+    return value.reshape(RATIOS, SIZES, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+
+
+def test_models_that_order_their_anchors_by_size(tmp_path):
+    """Channels come into the model's order from every layout, and into torchvision's on the way out."""
+    options = {"norm": "frozen_batch", "p6_from": "c5"}
+    source, model = make_model(**options), make_model(seed=1, anchor_order="size", **options)
+    names = [f"head.{part}.{kind}" for part in OUTPUTS for kind in ("weight", "bias")]
+    expected = {name: by_size(source.state_dict()[name]) for name in names}
+    files = [(in_detectron2_layout(source, False), None, {"bgr_images": False}, False)]
+    files += [(in_mmdet_layout(source), None, {}, True), (source.state_dict(), "torchvision", {}, True)]
+    for weights, layout, more, reordered in files:
+        report = load_weights(model, weights, layout=layout, **more)
+        assert_all_fits(report)
+        assert sorted(report.reordered) == (sorted(names) if reordered else [])
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
+        with torch.no_grad():
+            model.head.classification_head.cls_logits.weight.zero_()
+    load_weights(model, source.state_dict(), layout="torchvision")
+    save_torchvision_weights(tmp_path / "theirs.pth", model)
+    saved = torch.load(tmp_path / "theirs.pth", weights_only=True)
+    assert all(torch.equal(saved[name], source.state_dict()[name]) for name in names)
+    other = make_model(seed=2, anchor_order="size", **options)
+    assert not load_weights(other, model.state_dict()).reordered  # this library's own
+    assert_same_model(other, model)
 
 
 @pytest.mark.parametrize("builder", ["retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2"])

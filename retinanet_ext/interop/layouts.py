@@ -97,10 +97,15 @@ def rename(weights: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor
     return renamed, unknown
 
 
-def reorder_anchors(weights: dict[str, Tensor], sizes: int, ratios: int) -> list[str]:
-    """Puts the output channels of detectron2's last convolutions, by size and then by ratio of each anchor, into the
-    order of this library: ratio, then size. In place; returns the names of what was reordered."""
+# How each orders the anchors of a cell: "size", by size and then by ratio, or "ratio", the other way round.
+ANCHOR_ORDERS = {"torchvision": "ratio", "detectron2": "size", "mmdet": "ratio"}
+
+
+def reorder_anchors(weights: dict[str, Tensor], sizes: int, ratios: int, order: str) -> list[str]:
+    """Puts the output channels of the last convolutions, which are in the other order, into `order`: "ratio", by ratio
+    and then by size of each anchor, or "size". In place; returns the names of what was reordered."""
     reordered = []
+    outer, inner = (sizes, ratios) if order == "ratio" else (ratios, sizes)
     for name in (f"{_CLASS}.cls_logits", f"{_BOX}.bbox_reg"):
         for kind in ("weight", "bias"):
             key = f"{name}.{kind}"
@@ -109,8 +114,8 @@ def reorder_anchors(weights: dict[str, Tensor], sizes: int, ratios: int) -> list
             value = weights[key]
             if len(value) % (sizes * ratios) != 0:
                 continue  # of other anchors: reported as reshaped
-            by_size = value.reshape(sizes, ratios, -1, *value.shape[1:])
-            weights[key] = by_size.transpose(0, 1).reshape(value.shape).contiguous()
+            grouped = value.reshape(outer, inner, -1, *value.shape[1:])
+            weights[key] = grouped.transpose(0, 1).reshape(value.shape).contiguous()
             reordered.append(key)
     return reordered
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models import RetinaNet
 from .checkpoint_files import read_weights
-from .layouts import LAYOUTS, recognise, rename, reorder_anchors, take_rgb_images
+from .layouts import ANCHOR_ORDERS, LAYOUTS, recognise, rename, reorder_anchors, take_rgb_images
 
 _COUNTER = "num_batches_tracked"  # of trainable BatchNorm: a count that nothing is computed from
 
@@ -27,7 +27,7 @@ class LoadReport:
         unexpected: names in the checkpoint that the model has no place for.
         reshaped: of what has another shape in the checkpoint, and was left as it was: name to (the checkpoint's shape,
             the model's). With another number of classes that is the last layer of the class subnet.
-        reordered: of what had its anchors in another order and was put into this library's.
+        reordered: of what had its anchors in another order and was put into the model's.
     """
 
     layout: str
@@ -40,7 +40,7 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors of a checkpoint in {self.layout}'s layout were loaded"]
         if self.reordered:
-            lines.append(f"reordered to this library's order of anchors: {', '.join(self.reordered)}")
+            lines.append(f"reordered to the model's order of anchors: {', '.join(self.reordered)}")
         for name, (theirs, ours) in self.reshaped.items():
             lines.append(f"left as it was, for another shape: {name} ({theirs} in the checkpoint, {ours} here)")
         for what, names in (("without weights in the checkpoint", self.missing), ("without a place", self.unexpected)):
@@ -66,7 +66,9 @@ def load_weights(
     Args:
         model: takes the weights, where it is and in its type.
         checkpoint: a file that `read_weights` reads, or names and tensors.
-        layout: whose names they are, "torchvision", "detectron2" or "mmdet"; found out unless given.
+        layout: whose names they are, "torchvision", "detectron2" or "mmdet"; found out unless given. torchvision's
+            names are this library's too: for a model whose anchors are ordered by size, say "torchvision" of a file of
+            torchvision's, whose channels are then put in order.
         bgr_images: of detectron2's layout, whether the checkpoint was trained on images in the order blue, green,
             red, as its model zoo was (the default). The first convolution is turned round, and takes this library's
             images, whose pixels are divided by ImageNet's deviation.
@@ -82,7 +84,8 @@ def load_weights(
         raise TypeError(f"load_weights: model: expected a retinanet_ext.models.RetinaNet, got {type(model).__name__}")
     if not isinstance(checkpoint, Mapping):
         checkpoint = read_weights(checkpoint)
-    if layout is None:
+    told = layout is not None
+    if not told:
         layout = recognise(checkpoint)
     elif layout not in LAYOUTS:
         raise ValueError(f"load_weights: layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -90,9 +93,13 @@ def load_weights(
         raise ValueError(f"load_weights: bgr_images: is for detectron2's layout, and this is {layout}'s")
     weights, unknown = rename(checkpoint, layout)
     report = LoadReport(layout)
+    generator = model.anchor_generator
+    # Files of this library have torchvision's names, and their own model's order.
+    own = layout == "torchvision" and not told
+    if generator.order != ANCHOR_ORDERS[layout] and not own:
+        counts = len(generator.sizes[0]), len(generator.aspect_ratios)
+        report.reordered = reorder_anchors(weights, *counts, generator.order)
     if layout == "detectron2":
-        generator = model.anchor_generator
-        report.reordered = reorder_anchors(weights, len(generator.sizes[0]), len(generator.aspect_ratios))
         take_rgb_images(weights, bgr_images is not False)
         unknown = [name for name in unknown if not name.startswith(("anchor_generator.", "pixel_"))]
     _sort_out(report, weights, model.state_dict())
@@ -121,7 +128,8 @@ def save_torchvision_weights(path: str | Path, model: RetinaNet) -> None:
     """Writes a model's weights as torchvision keeps them: ``torchvision_model.load_state_dict(torch.load(path))``.
 
     The names and shapes are those of ``torchvision.models.detection.retinanet_resnet50_fpn`` with the same backbone (of
-    its v2 for a model built so). The file appears whole or not at all.
+    its v2 for a model built so); anchors that the model orders by size are put into torchvision's order. The file
+    appears whole or not at all.
 
     Raises:
         TypeError: ``model`` is something else.
@@ -134,4 +142,7 @@ def save_torchvision_weights(path: str | Path, model: RetinaNet) -> None:
             f"save_torchvision_weights: model: expected a retinanet_ext.models.RetinaNet, got {type(model).__name__}"
         )
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    generator = model.anchor_generator
+    if generator.order != ANCHOR_ORDERS["torchvision"]:
+        reorder_anchors(weights, len(generator.sizes[0]), len(generator.aspect_ratios), ANCHOR_ORDERS["torchvision"])
     write_atomically(path, lambda stream: torch.save(weights, stream))
