@@ -89,12 +89,13 @@ def test_wrong_targets_are_named_before_they_leave_the_host():
 
 def test_a_compiled_step_is_one_graph_and_takes_the_step(monkeypatch):
     def step(compiled):
-        model = small_model().train()
+        model = small_model(loss_normalizer="ema").train()
         optimizer = make_optimizer(model, "sgd", 0.1)
         scheduler = make_scheduler(optimizer, 10, 0, "cosine")
         stepper = Stepper(model, optimizer, scheduler, CPU, compiled=compiled)
         values = [stepper.take([make_batch(counts)]).values for counts in ((3, 0, 40), (1, 2, 4))]
-        return values, model.state_dict()
+        assert model.loss_normalizer.average != 100
+        return values, {**model.state_dict(), "average": model.loss_normalizer.average}
 
     compile_module = torch.nn.Module.compile
     asked = []
