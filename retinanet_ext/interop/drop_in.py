@@ -111,7 +111,11 @@ def accelerate(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Gives a model that `accelerate` changed its own class back, in place; any other model is left as it is."""
+    """Gives a model that `accelerate` changed its own class back, in place; any other model is left as it is.
+
+    Raises:
+        TypeError: the model's class has been changed again since (as FSDP's ``fully_shard`` does).
+    """
     return restore_class(model)
 
 
