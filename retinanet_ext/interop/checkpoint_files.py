@@ -98,8 +98,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is cut short, is no checkpoint, is a TorchScript archive (whose code would run), or holds
-            no tensors.
+        ValueError: a file that is cut short, is no checkpoint, holds no tensors, or is a TorchScript archive, whose
+            code would run.
 
     No code in the file is run: only tensors, arrays, numbers, texts and containers are made; objects of any other
     class (an optimizer's, a config's, a logger's) are passed over.
