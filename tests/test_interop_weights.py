@@ -334,6 +334,7 @@ def test_a_compiled_model_is_refused_and_its_code_is_not_run(name, tmp_path, cap
         (b"", "cannot be read as a checkpoint"),
         (b"not a checkpoint at all", "cannot be read as a checkpoint"),
         (pickle.dumps({"model": {}}), "holds no weights"),
+        (pickle.dumps(collections.Counter()), r"found an object that is not read: save its state_dict\(\)"),
         (pickle.dumps([1, 2]), "holds no weights: expected names and tensors, found list"),
         (pickle.dumps({"model": {"a": np.array(["text"])}}), "holds no weights"),
     ],

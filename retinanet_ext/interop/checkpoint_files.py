@@ -119,11 +119,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             break
     weights = _tensors(content) if isinstance(content, Mapping) else {}
     if not weights:
-        held = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"{path}: holds no weights: expected names and tensors, found {held or 'nothing'}")
+        raise ValueError(f"{path}: holds no weights: expected names and tensors, found {_what_is_held(content)}")
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     return weights
+
+
+def _what_is_held(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return ", ".join(map(str, list(content)[:5])) or "nothing"
+    return "an object that is not read: save its state_dict()" if isinstance(content, Unread) else type(content).__name__
 
 
 def _read(path: Path) -> Any:
