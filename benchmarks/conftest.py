@@ -301,6 +301,8 @@ def pytest_terminal_summary(terminalreporter, config):
         )
         for name, factor in result.speedups().items():
             line += f"   {name} {result.peers[name].median:.3f} ms ({factor:.1f}x)"
+        if "images" in result.details:
+            line += f"   {result.details['images'] / result.ours.median * 1e3:.1f} images/s"
         write(line)
     for name, reason in {pair for result in results for pair in result.skipped.items()}:
         write(f"peer {name} was skipped: {reason}")

@@ -45,6 +45,7 @@ from retinanet_ext.engine.config import octaves
 from retinanet_ext.engine.evaluate import Evaluation, evaluate, format_metrics
 from retinanet_ext.engine.loop import StepRecord, train_steps
 from retinanet_ext.engine.schedule import CLIP_GRAD_NORM, make_optimizer, make_scheduler
+from retinanet_ext.engine.stepper import Stepper
 
 
 @dataclass
@@ -54,28 +55,16 @@ class Contestant:
     name: str
     model: nn.Module
     loader: Any
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    clip_grad_norm: float
+    stepper: Stepper
     records: list[StepRecord] = field(default_factory=list)
     result: Evaluation | None = None
 
-    def train_epoch(self, epoch: int, total_steps: int, device: torch.device) -> None:
+    def train_epoch(self, epoch: int, total_steps: int) -> None:
         """Train one epoch, or what is left of `total_steps`."""
         self.loader.set_epoch(epoch)
         left = total_steps - len(self.records)
         batches = (batch for _, batch in zip(range(left), self.loader, strict=False))
-        self.records.extend(
-            train_steps(
-                self.model,
-                batches,
-                self.optimizer,
-                self.scheduler,
-                device,
-                first_step=len(self.records),
-                clip_grad_norm=self.clip_grad_norm,
-            )
-        )
+        self.records.extend(train_steps(self.stepper, batches, first_step=len(self.records)))
 
     def summary(self) -> dict[str, Any]:
         """AP, AP50, steps and times of this contestant."""
@@ -141,11 +130,12 @@ def make_contestants(
         )
         optimizer = make_optimizer(model, "adamw", arguments.lr)
         scheduler = make_scheduler(optimizer, total_steps, arguments.warmup_steps, "cosine")
-        contestants.append(Contestant(name, model, loader, optimizer, scheduler, arguments.clip_grad_norm))
+        stepper = Stepper(model, optimizer, scheduler, device, clip_grad_norm=arguments.clip_grad_norm)
+        contestants.append(Contestant(name, model, loader, stepper))
     return contestants
 
 
-def compare_in_float64(contestants: list[Contestant], steps: int, device: torch.device) -> dict[str, float]:
+def compare_in_float64(contestants: list[Contestant], steps: int) -> dict[str, float]:
     """Trains both in float64; how far apart losses and weights are, and how far the weights have moved."""
 
     def in_float64(loader):
@@ -161,16 +151,7 @@ def compare_in_float64(contestants: list[Contestant], steps: int, device: torch.
     for contestant in contestants:
         contestant.model.double()
         contestant.loader.set_epoch(0)
-        runs.append(
-            train_steps(
-                contestant.model,
-                in_float64(contestant.loader),
-                contestant.optimizer,
-                contestant.scheduler,
-                device,
-                clip_grad_norm=contestant.clip_grad_norm,
-            )
-        )
+        runs.append(train_steps(contestant.stepper, in_float64(contestant.loader)))
     start = weights(contestants[0])
     loss_difference = 0.0
     taken = 0
@@ -221,12 +202,12 @@ def main() -> int:
     total_steps = arguments.steps or steps_per_epoch * arguments.epochs
     contestants = make_contestants(arguments, train_set, total_steps, device)
     if arguments.float64_steps:
-        print(json.dumps(compare_in_float64(contestants, arguments.float64_steps, device), indent=2))
+        print(json.dumps(compare_in_float64(contestants, arguments.float64_steps), indent=2))
         return 0
     start = time.perf_counter()
     for epoch in range(-(-total_steps // steps_per_epoch)):
         for contestant in contestants if epoch % 2 == 0 else contestants[::-1]:
-            contestant.train_epoch(epoch, total_steps, device)
+            contestant.train_epoch(epoch, total_steps)
         print(
             f"epoch {epoch + 1}  "
             + "  ".join(

@@ -48,12 +48,12 @@ def num_threads():
 @pytest.fixture(scope="module")
 def without_pictures():
     """Runs write everything but their pictures, which take longer than the training of a test."""
-    from retinanet_ext.engine import run_folder, train
+    from retinanet_ext.engine import recorder, run_folder
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((run_folder, "draw_evaluation"), (train, "plot_labels"), (train, "plot_results")):
+        for module, name in ((run_folder, "draw_evaluation"), (recorder, "plot_labels"), (recorder, "plot_results")):
             patch.setattr(module, name, lambda *_: None)
-        patch.setattr(train, "with_pictures", lambda batches, *_: batches)
+        patch.setattr(recorder, "with_pictures", lambda batches, *_: batches)
         yield
 
 

@@ -57,9 +57,9 @@ def test_train_resumes_further(trained, tmp_path, capsys):
 
 
 def test_train_ends_with_the_validation_of_its_best_epoch(trained, tmp_path, monkeypatch, capsys):
-    from retinanet_ext.engine import train
+    from retinanet_ext.engine import rank_evaluation
 
-    evaluate = train.evaluate
+    evaluate = rank_evaluation.evaluate
     scores = iter((0.75, 0.25))
 
     def scored(*args, **kwargs):
@@ -67,7 +67,7 @@ def test_train_ends_with_the_validation_of_its_best_epoch(trained, tmp_path, mon
         result.metrics["AP"] = result.per_class[0]["AP"] = next(scores)
         return result
 
-    monkeypatch.setattr(train, "evaluate", scored)
+    monkeypatch.setattr(rank_evaluation, "evaluate", scored)
     shutil.copytree(trained, tmp_path / "run")
     argv = ("train", "--resume", tmp_path / "run", "--epochs")
     status, out, _ = run(capsys, *argv, "3")
@@ -304,7 +304,7 @@ def test_out_of_gpu_memory_is_explained(monkeypatch, capsys):
 def test_interruption(monkeypatch, data, tmp_path, capsys):
     from retinanet_ext.engine.train import Training
 
-    def interrupt(self, progress):
+    def interrupt(self):
         raise KeyboardInterrupt
 
     run_dir = tmp_path / "my run"

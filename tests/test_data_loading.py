@@ -11,6 +11,7 @@ from retinanet_ext.data import (
     EpochShuffle,
     RandomHorizontalFlip,
     RandomVerticalFlip,
+    ScaleJitter,
     generate_shapes,
     make_loader,
     open_dataset,
@@ -99,6 +100,148 @@ def test_samples_do_not_depend_on_workers(shapes):
             assert torch.equal(a[1], b[1])
             assert torch.equal(a[2], b[2])
     assert [a[0] for a in passes[0][0]] != [a[0] for a in passes[0][1]]
+
+
+def test_processes_share_every_training_batch(shapes):
+    whole = make_loader(shapes, 3, train=True, seed=5)
+    shares = [make_loader(shapes, 3, train=True, seed=5, rank=rank, world_size=2) for rank in range(2)]
+    for epoch in (0, 1):
+        for loader in (whole, *shares):
+            loader.set_epoch(epoch)
+        for batch, first, second in zip(whole, *shares, strict=True):
+            ids = [[target["image_id"] for target in part.targets] for part in (batch, first, second)]
+            assert ids[0][::2] == ids[1]
+            assert ids[0][1::2] == ids[2]
+    # One batch of seven images for nine processes: two have none, and nobody waits.
+    sizes = [
+        [len(batch.images) for batch in make_loader(shapes, 9, train=True, rank=rank, world_size=9)]
+        for rank in range(9)
+    ]
+    assert sizes == [[1]] * 7 + [[0]] * 2
+    with pytest.raises(ValueError, match=r"rank: expected an integer in \[0, world_size\), \[0, 2\), got 2"):
+        make_loader(shapes, 3, train=True, rank=2, world_size=2)
+
+
+def test_processes_evaluate_whole_batches_of_every_image_once(shapes):
+    shares = [make_loader(shapes, 2, train=False, rank=rank, world_size=3) for rank in range(3)]
+    ids = [[[target["image_id"] for target in batch.targets] for batch in loader] for loader in shares]
+    assert ids == [[[1, 2], [7]], [[3, 4]], [[5, 6]]]
+    assert [len(loader) for loader in shares] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_begins_where_it_is_told(shapes, workers):
+    loader = make_loader(shapes, 2, train=True, transform=Compose([RandomHorizontalFlip()]), workers=workers)
+    loader.set_epoch(3)
+    whole = flat(loader)
+    loader.set_epoch(3, first_batch=2)
+    rest = flat(loader)
+    assert len(rest) == 2
+    for mine, right in zip(rest, whole[4:], strict=True):
+        assert mine[0] == right[0]
+        assert torch.equal(mine[1], right[1])
+    assert len(loader) == 3
+
+
+def test_workers_stay_from_epoch_to_epoch(shapes):
+    loader = make_loader(shapes, 2, train=True, workers=1)
+    passes = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        ids = [target["image_id"] for batch in loader for target in batch.targets]
+        passes.append((ids, [worker.pid for worker in loader.loader._iterator._workers]))
+    assert passes[0][1] == passes[1][1]
+    assert passes[0][0] != passes[1][0]
+
+
+def test_loading_leaves_the_global_generator_alone(shapes):
+    state = torch.get_rng_state()
+    list(make_loader(shapes, 2, train=True, workers=0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def painted(height=40, width=60):
+    """Two rectangles of their own colours, and their boxes."""
+    image = torch.zeros(3, height, width)
+    boxes = [[6.0, 4.0, 26.0, 24.0], [40.0, 20.0, 56.0, 36.0]]
+    for channel, (x1, y1, x2, y2) in enumerate(boxes):
+        image[channel, int(y1) : int(y2), int(x1) : int(x2)] = 1.0
+    target = {"boxes": torch.tensor(boxes), "labels": torch.tensor([5, 7]), "ignore": torch.tensor([False, True])}
+    return image, {**target, "image_id": 3}
+
+
+class Draws:
+    """In the place of a generator: these numbers, then a place."""
+
+    def __init__(self, scale, *place):
+        self.numbers = [scale, np.array(place)]
+
+    def random(self, size=None):
+        return self.numbers.pop(0)
+
+
+def extent(channel):
+    """The box of what is painted."""
+    rows, columns = (channel > 0.9).nonzero(as_tuple=True)
+    return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
+
+
+@pytest.mark.parametrize("place", [(0.0, 0.0), (0.5, 0.25), (0.999, 0.999)])
+def test_zooming_out_puts_the_image_on_a_canvas(place):
+    image, target = painted()
+    jitter = ScaleJitter(0.5, 0.5, fill=(0.1, 0.2, 0.3))
+    changed, moved = jitter(image, target, Draws(0.3, *place))
+    assert changed.shape == (3, 80, 120)
+    assert [extent(changed[channel]) for channel in (0, 1)] == moved["boxes"].int().tolist()
+    assert (moved["boxes"][:, 2:] - moved["boxes"][:, :2]).tolist() == [[20, 20], [16, 16]]
+    assert moved["labels"].tolist() == [5, 7]
+    assert changed.sum() == pytest.approx((image.sum() + 0.6 * (80 * 120 - 40 * 60)).item(), rel=1e-5)
+    assert target["boxes"][0].tolist() == [6, 4, 26, 24]
+
+
+def test_a_canvas_is_no_larger_than_the_model_would_have_it():
+    image, target = painted()
+    changed, moved = ScaleJitter(0.1, 0.1, limit=120)(image, target, Draws(0.0, 0.5, 0.5))
+    assert changed.shape == (3, 80, 120)
+    # The image is 12 x 8 there.
+    torch.testing.assert_close(moved["boxes"][:, 2:] - moved["boxes"][:, :2], torch.tensor([[4.0, 4], [3.2, 3.2]]))
+
+
+def test_zooming_in_cuts_a_window_and_what_is_outside_is_gone():
+    image, target = painted()
+    jitter = ScaleJitter(2.0, 2.0)
+    upper_left, kept = jitter(image, target, Draws(0.0, 0.0, 0.0))
+    assert torch.equal(upper_left, image[:, :20, :30])
+    assert kept["boxes"].tolist() == [[6, 4, 26, 20]]
+    assert (kept["labels"].tolist(), kept["ignore"].tolist(), kept["image_id"]) == ([5], [False], 3)
+    lower_right, kept = jitter(image, target, Draws(0.0, 0.999, 0.999))
+    assert torch.equal(lower_right, image[:, 20:, 30:])
+    assert kept["boxes"].tolist() == [[10, 0, 26, 16]]
+    assert kept["labels"].tolist() == [7]
+    # Half a pixel of it is left: no box to train on.
+    sliver = {**target, "boxes": torch.tensor([[0.0, 0, 30.5, 20], [0, 0, 31, 40]])}
+    assert jitter(image, sliver, Draws(0.0, 0.0, 0.999))[1]["boxes"].tolist() == [[0, 0, 1, 20]]
+
+
+def test_scales_are_uniform_and_scale_one_changes_nothing():
+    image, target = painted()
+    same, unchanged = ScaleJitter(1.0, 1.0)(image, target, sample_rng(0, 0, 0))
+    assert torch.equal(same, image)
+    assert torch.equal(unchanged["boxes"], target["boxes"])
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    widths = [60 / ScaleJitter(0.5, 2.0)(image, empty, sample_rng(0, 0, i))[0].shape[2] for i in range(300)]
+    assert min(widths) == pytest.approx(0.5, abs=0.03)
+    assert max(widths) == pytest.approx(2.0, abs=0.05)
+    # Five standard errors of a mean of 300.
+    assert sum(widths) / 300 == pytest.approx(1.25, abs=5 * 1.5 / 12**0.5 / 300**0.5 + 0.02)
+
+
+@pytest.mark.parametrize("arguments", [(0.0, 1.0), (1.0, 0.5), (1.0, float("inf")), (float("nan"), 1.0)])
+def test_scales_that_are_none(arguments):
+    with pytest.raises(ValueError, match="low, high: expected finite scales with 0 < low <= high"):
+        ScaleJitter(*arguments)
+    with pytest.raises(ValueError, match="limit: expected a number of pixels >= 1, got 0"):
+        ScaleJitter(limit=0)
 
 
 def test_training_batches_are_full_and_evaluation_is_complete(shapes):

@@ -144,3 +144,10 @@ def test_lists_of_whole_chunks_of_the_sort(emulator, chunks, distance):
         logits[size:] = LOW
         found = detect(emulator, [logits[None]], topk, most=min(size, topk), order="random", seed=size)
         assert found == [best(logits, topk)]
+
+
+@pytest.mark.parametrize("topk", [255, 256, 257])
+def test_the_last_of_equal_logits_that_a_thinned_buffer_keeps(emulator, topk):
+    """Of equal logits the first 256 have all keys up to a bound that is itself the last one's key."""
+    for size in (4096, 9000):
+        assert detect(emulator, [torch.ones(1, size)], topk, wanted_parts=1) == [list(range(topk))]

@@ -144,7 +144,7 @@ def test_a_pickled_model_is_refused_in_one_sentence(tmp_path):
 def test_a_later_format_is_refused(saved, tmp_path):
     content = load_checkpoint(saved[0])
     torch.save({**content, "version": 99}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="checkpoint format 99, and this retinanet_ext reads up to 1"):
+    with pytest.raises(CheckpointError, match="checkpoint format 99, and this retinanet_ext reads up to 2"):
         load_checkpoint(tmp_path / "x.pt")
 
 

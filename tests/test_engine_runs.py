@@ -75,17 +75,17 @@ def test_best_follows_the_training_where_validation_has_nothing_to_count(tmp_pat
 
 
 def test_best_is_kept_where_a_later_validation_has_nothing_to_count(trained, tmp_path, monkeypatch):
-    from retinanet_ext.engine import train
+    from retinanet_ext.engine import rank_evaluation
 
     shutil.copytree(trained, tmp_path / "run")
-    evaluate = train.evaluate
+    evaluate = rank_evaluation.evaluate
 
     def without_truth(*args, **kwargs):
         result = evaluate(*args, **kwargs)
         result.metrics["AP"] = math.nan
         return result
 
-    monkeypatch.setattr(train, "evaluate", without_truth)
+    monkeypatch.setattr(rank_evaluation, "evaluate", without_truth)
     config = resume_config(tmp_path / "run", epochs=2)
     Training(config, tmp_path / "run", resume=True, say=lambda _: None).fit()
     assert load_checkpoint(tmp_path / "run" / "weights" / "best.pt")["epoch"] == 1
@@ -105,12 +105,12 @@ def test_resume_refuses_options_it_would_not_follow(trained, capsys):
     before = contents(trained)
     status, _, err = run(
         capsys,
-        *("train", "--resume", trained, "--lr", "7", "--batch-size", "9", "--norm", "group", "--no-amp"),
+        *("train", "--resume", trained, "--scale-lr", "--batch-size", "9", "--norm", "group", "--ema", "0.9"),
         *("--strict", "--epochs", "3", "--device", "cpu", "--workers", "0"),
     )
     assert status == 2
     named = err.split("cannot be changed")[0]
-    assert all(option in named for option in ("--lr", "--batch-size", "--norm", "--amp", "--strict"))
+    assert all(option in named for option in ("--scale-lr", "--batch-size", "--norm", "--ema", "--strict"))
     assert "--vflip" not in named
     assert "--epochs" not in named
     assert contents(trained) == before

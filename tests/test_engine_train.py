@@ -19,6 +19,7 @@ from retinanet_ext.engine.config import TrainConfig, octaves, resolve_device, re
 from retinanet_ext.engine.loop import StepRecord, TrainingError, train_steps  # noqa: E402
 from retinanet_ext.engine.run_folder import RunFolder, RunFolderError  # noqa: E402
 from retinanet_ext.engine.schedule import make_optimizer, make_scheduler, rate_factor  # noqa: E402
+from retinanet_ext.engine.stepper import Stepper  # noqa: E402
 from retinanet_ext.engine.train import Training  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -313,14 +314,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_images(data):
     model = Toy(bad=1)
     optimizer = make_optimizer(model, "sgd", 0.1)
     scheduler = make_scheduler(optimizer, 10, 0, "cosine")
-    steps = train_steps(
-        model,
-        make_loader(dataset, 2, train=False),
-        optimizer,
-        scheduler,
-        torch.device("cpu"),
-        name_of=dataset.file_of,
-    )
+    stepper = Stepper(model, optimizer, scheduler, torch.device("cpu"))
+    steps = train_steps(stepper, make_loader(dataset, 2, train=False), name_of=dataset.file_of)
     assert next(steps).step == 1
     before = model.weight.clone()
     with pytest.raises(TrainingError, match=r"not finite at step 2: .*000003\.jpg, .*000004\.jpg") as caught:
@@ -334,7 +329,7 @@ def test_gradients_are_clipped(data):
     optimizer = make_optimizer(model, "sgd", 1.0, weight_decay=0.0)
     scheduler = make_scheduler(optimizer, 10, 0, "cosine")
     loader = make_loader(open_dataset(data), 2, train=False)
-    next(train_steps(model, loader, optimizer, scheduler, torch.device("cpu"), clip_grad_norm=1e-3))
+    next(train_steps(Stepper(model, optimizer, scheduler, torch.device("cpu"), clip_grad_norm=1e-3), loader))
     assert (1.0 - model.weight.item()) == pytest.approx(1e-3, rel=1e-3)
 
 

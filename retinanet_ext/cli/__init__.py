@@ -31,8 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _readable(error)
         if message is None or os.environ.get("RETINANET_EXT_TRACEBACK"):
             raise
-        print(f"retinanet-ext {arguments.command}: error: {message}", file=sys.stderr)
-        return _status(error)
+        status = _status(error)
+        # Wrong arguments are wrong for every process that torchrun has started: one of them says so.
+        if status != 2 or os.environ.get("RANK", "0") == "0":
+            print(f"retinanet-ext {arguments.command}: error: {message}", file=sys.stderr)
+        return status
 
 
 def _status(error: Exception) -> int:

@@ -15,7 +15,9 @@ def add_parser(commands) -> None:
         "  retinanet-ext train data.yaml --epochs 50 --run-dir runs/yolo_data\n"
         "  retinanet-ext train cells --arch resnet18 --min-size 240 --max-size 320 "
         "--anchor-sizes 16 32 64 128 256\n"
-        "  retinanet-ext train --resume runs/train",
+        "  retinanet-ext train --resume runs/train\n"
+        "  torchrun --nproc-per-node=8 -m retinanet_ext train train.json --val-data val.json --batch-size 16\n"
+        "docs/training.md says what each option does and when it helps.",
         "Train a RetinaNet from random weights. The run folder receives args.json, results.csv (an epoch a "
         "row), steps.csv, results.png, labels.png, train_batch*.jpg, problems.txt, weights/last.pt (the whole state, "
         "for --resume), weights/best.pt (the model of the best validation AP), and of the best epoch metrics.json, "
@@ -48,16 +50,27 @@ def add_parser(commands) -> None:
         type=int,
         nargs="+",
         metavar="PX",
-        help="side the shorter image side is resized to; of several, each batch draws one (default: 800)",
+        help="side the shorter image side is resized to; of several, each image draws one (default: 800)",
     )
     model.add_argument("--max-size", type=int, metavar="PX", help="limit of the longer side (default: 1333)")
     add_anchors(model)
     recipe = command.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, help="(default: 12)")
-    recipe.add_argument("--batch-size", type=int, metavar="N", help="images a step (default: 4)")
+    recipe.add_argument("--batch-size", type=int, metavar="N", help="images at once, over all processes (default: 4)")
+    recipe.add_argument(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="add up the gradients of N batches for each step, which then has N x batch size images (default: 1)",
+    )
     recipe.add_argument("--optimizer", choices=("adamw", "sgd"), help="(default: adamw)")
     recipe.add_argument(
-        "--lr", type=float, help="learning rate (default: 3e-4 for adamw, 0.01 x batch size / 16 for sgd)"
+        "--lr", type=float, help="learning rate (default: 3e-4 for adamw, 0.01 x images a step / 16 for sgd)"
+    )
+    recipe.add_argument(
+        "--scale-lr",
+        action="store_true",
+        help="--lr is meant for 16 images a step: scale it linearly to those of this run",
     )
     recipe.add_argument(
         "--weight-decay", type=float, help="(default: 0.01 for adamw, 1e-4 for sgd; norms and biases none)"
@@ -66,6 +79,13 @@ def add_parser(commands) -> None:
         "--schedule",
         choices=("cosine", "step"),
         help="step: a tenth at 8/12 and 11/12 of the run (default: cosine)",
+    )
+    recipe.add_argument(
+        "--lr-steps",
+        type=float,
+        nargs="+",
+        metavar="EPOCH",
+        help="with --schedule step: after which epochs the rate is divided by ten",
     )
     recipe.add_argument(
         "--warmup-steps",
@@ -79,8 +99,29 @@ def add_parser(commands) -> None:
         metavar="X",
         help="limit of the gradient's norm, 0 for none (default: 1 for adamw, none for sgd)",
     )
+    recipe.add_argument(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="average the weights over the steps, such as 0.9998; the average is validated and kept in best.pt "
+        "(default: no average)",
+    )
+    recipe.add_argument(
+        "--scale-jitter",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="zoom each image by a random scale between these, cutting or padding it, such as 0.5 1.5 or the "
+        "large-scale jitter 0.1 2 (default: none)",
+    )
     recipe.add_argument("--hflip", type=float, metavar="P", help="chance of a left-right flip (default: 0.5)")
     recipe.add_argument("--vflip", type=float, metavar="P", help="chance of a top-bottom flip (default: 0)")
+    recipe.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="stop after N validations without a better AP (default: all epochs)",
+    )
     recipe.add_argument("--seed", type=int, help="(default: 0)")
     run = command.add_argument_group("run")
     run.add_argument(
@@ -90,12 +131,34 @@ def add_parser(commands) -> None:
         "--resume",
         default=None,
         metavar="RUN",
-        help="go on with the run in this folder after its last finished epoch, or from the start if there is none, "
-        "with its own arguments; only --epochs, --device and --workers can be changed",
+        help="go on with the run in this folder after its last checkpoint, or from the start if there is none, with "
+        "its own arguments; only --epochs, --device, --workers, --lr, --clip-grad-norm, --amp, --patience and "
+        "--save-every can be changed",
+    )
+    run.add_argument(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="write last.pt every so many steps too, not only after each epoch; 0 for no (default: 0)",
     )
     add_machine(run)
     run.add_argument(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
         help="memory layout of images and weights; the faster one on most machines (default: yes)",
+    )
+    run.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile network and losses (torch.compile); takes minutes at the start, needs a C++ compiler",
+    )
+    run.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="replay the whole step as a CUDA graph, one for each shape of a batch; for small networks, one process",
+    )
+    run.add_argument(
+        "--sync-batch-norm",
+        action="store_true",
+        help="BatchNorm over the images of all processes; for few images a GPU, CUDA alone",
     )

@@ -1,12 +1,12 @@
-"""Data sets for detection: readers (COCO json, Pascal VOC folders, YOLO yaml), flips, loaders, and a generated set of
-shapes."""
+"""Data sets for detection: readers (COCO json, Pascal VOC folders, YOLO yaml), flips, scale jitter, loaders, and a
+generated set of shapes."""
 
 from .coco import CocoDataset
 from .dataset import DatasetError, DetectionDataset, ImageRecord, Problem, UnreadableImageError, summarise
 from .loader import Batch, EpochShuffle, SampleView, make_loader
 from .open import find_splits, names_splits, open_dataset
 from .shapes import generate_shapes
-from .transforms import Compose, RandomHorizontalFlip, RandomVerticalFlip, sample_rng
+from .transforms import Compose, RandomHorizontalFlip, RandomVerticalFlip, ScaleJitter, Transform, sample_rng
 from .voc import VocDataset
 from .yolo import YoloDataset
 
@@ -22,6 +22,8 @@ __all__ = [
     "RandomHorizontalFlip",
     "RandomVerticalFlip",
     "SampleView",
+    "ScaleJitter",
+    "Transform",
     "UnreadableImageError",
     "VocDataset",
     "YoloDataset",

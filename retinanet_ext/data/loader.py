@@ -14,6 +14,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .dataset import DetectionDataset, Problem, UnreadableImageError
 from .transforms import Transform, order_rng, sample_rng
 
+# Batches that each worker has ready or at work: one slow image holds nothing up.
+PREFETCH = 3
+
+# What a worker is asked for: the epoch, which the augmentation is drawn from, and the index in the data set. The epoch
+# travels with each request, so that workers live on from one epoch to the next.
+Key = tuple[int, int]
+
 
 class Batch(NamedTuple):
     """Images [3, H, W] of any sizes with their targets, and the problems of the samples that are missing."""
@@ -30,19 +37,19 @@ class SampleView(Dataset):
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]] | Problem:
+    def __getitem__(self, key: Key) -> tuple[Tensor, dict[str, Any]] | Problem:
+        epoch, index = key
         try:
             image, target = self.dataset[index]
         except UnreadableImageError as error:
             return error.problem
         if self.transform is None:
             return image, target
-        return self.transform(image, target, sample_rng(self.seed, self.epoch, index))
+        return self.transform(image, target, sample_rng(self.seed, epoch, index))
 
 
 class EpochShuffle(Sampler):
@@ -60,23 +67,63 @@ class EpochShuffle(Sampler):
         return iter(order_rng(self.seed, self.epoch).permutation(self.size).tolist())
 
 
-class EpochLoader:
-    """Batches of one epoch after another; `set_epoch` fixes the order and the augmentation of the next
-    pass."""
+class TrainBatches(Sampler):
+    """The keys of each batch of an epoch, from batch `first` on; the last is dropped if it is not full.
 
-    def __init__(self, view: SampleView, loader: DataLoader, shuffle: EpochShuffle | None):
-        self.view = view
-        self.loader = loader
-        self.shuffle = shuffle
+    Of several processes each gets its share of every batch, so that together they see the batches that one alone would.
+    A share may be empty where a batch has fewer images than there are processes.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        # Workers are started anew for each pass and take the view as it is then.
-        self.view.epoch = epoch
-        if self.shuffle is not None:
-            self.shuffle.epoch = epoch
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.shuffle = EpochShuffle(size, seed)
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.first = 0
 
     def __len__(self) -> int:
-        return len(self.loader)
+        # With fewer images than a batch wants the one short batch is kept.
+        return max(1, len(self.shuffle) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = list(self.shuffle)
+        for number in range(self.first, len(self)):
+            batch = order[number * self.batch_size :][: self.batch_size]
+            yield [(self.shuffle.epoch, index) for index in batch[self.rank :: self.world_size]]
+
+
+class EvaluationBatches(Sampler):
+    """The keys of all images in order, the last batch as short as it comes.
+
+    Of several processes each gets whole batches, so that an image has the neighbours, and thus the padding, that it has
+    with one.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.starts = range(0, size, batch_size)[rank::world_size]
+        self.size, self.batch_size = size, batch_size
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in self.starts:
+            yield [(0, index) for index in range(start, min(start + self.batch_size, self.size))]
+
+
+class EpochLoader:
+    """Batches of one epoch after another; `set_epoch` fixes the order, the augmentation and the first batch of the next
+    pass."""
+
+    def __init__(self, loader: DataLoader, batches: TrainBatches | EvaluationBatches):
+        self.loader = loader
+        self.batches = batches
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        self.batches.shuffle.epoch = epoch
+        self.batches.first = first_batch
+
+    def __len__(self) -> int:
+        """Batches of a whole pass."""
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.loader)
@@ -101,26 +148,36 @@ def make_loader(
     seed: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> EpochLoader:
     """Batches of `dataset`. `train` shuffles, and drops the last batch of an epoch if it is not full.
 
-    (With fewer images than `batch_size` the one short batch is kept.)
+    (With fewer images than `batch_size` the one short batch is kept.) Process `rank` of `world_size` gets its share:
+    in training, of every batch of `batch_size` images; in evaluation, every `world_size`-th batch. Workers stay for all
+    passes of a training loader.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-    view = SampleView(dataset, transform, seed)
-    shuffle = EpochShuffle(len(dataset), seed) if train else None
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected an integer in [0, world_size), [0, {world_size}), got {rank!r}")
+    if train:
+        batches = TrainBatches(len(dataset), batch_size, seed, rank, world_size)
+    else:
+        batches = EvaluationBatches(len(dataset), batch_size, rank, world_size)
     loader = DataLoader(
-        view,
-        batch_size=batch_size,
-        sampler=shuffle,
-        drop_last=train and len(dataset) >= batch_size,
+        SampleView(dataset, transform, seed),
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
+        persistent_workers=train and workers > 0,
+        prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_single_threaded if workers else None,
+        # Its own: a pass draws a number, and torch's global generator is the training's.
+        generator=torch.Generator().manual_seed(seed),
     )
-    return EpochLoader(view, loader, shuffle)
+    return EpochLoader(loader, batches)
 
 
 def _single_threaded(worker: int) -> None:

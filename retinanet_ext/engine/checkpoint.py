@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 FORMAT = "retinanet_ext.checkpoint"
-VERSION = 1
+VERSION = 2
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
@@ -79,12 +79,15 @@ def save_checkpoint(
     step: int = 0,
     best: float | None = None,
     args: dict[str, Any] | None = None,
+    ema: dict[str, Any] | None = None,
+    progress: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint to `path`, atomically.
 
     `model_config`: what `build_model` takes. `epoch`: finished epochs; `step`: finished optimizer steps;
-    `best`: the best validation AP so far. Without `optimizer` the file holds a model to use, not a run to go
-    on with.
+    `best`: the best validation AP so far; `ema`: the state of the average of the weights; `progress`: of a run in
+    the middle of an epoch, see `train.Training`. Without `optimizer` the file holds a model to use, not a run to
+    go on with.
     """
     content = {
         "format": FORMAT,
@@ -100,6 +103,8 @@ def save_checkpoint(
         "step": step,
         "best": best,
         "args": args,
+        "ema": ema,
+        "progress": progress,
     }
     write_atomically(path, lambda stream: torch.save(content, stream))
 
@@ -147,7 +152,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             f"{path}: checkpoint format {content['version']}, and this retinanet_ext reads up to {VERSION}: "
             "update retinanet_ext"
         )
-    return content
+    return {"ema": None, "progress": None, **content}  # files of version 1 have neither
 
 
 def _unpickling_reason(error: pickle.UnpicklingError) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from retinanet_ext.data import find_splits, open_dataset
@@ -13,6 +14,7 @@ from .anchor_report import report_anchors
 from .check_data import check_data
 from .checkpoint import load_checkpoint, load_model
 from .config import TrainConfig, resolve_amp, resolve_device, resolve_workers, resume_config
+from .distributed import World, joined, started_world
 from .evaluate import evaluate, format_best, format_metrics
 from .export import export
 from .predict import find_images, predict_files
@@ -22,19 +24,27 @@ from .settings import SettingError, UsageError, check_count, check_probability
 from .train import EXTRAS, Training, report_problems
 
 # What --resume lets change.
-_RESUME_CHANGES = ("epochs", "device", "workers")
+_RESUME_CHANGES = ("epochs", "device", "workers", "lr", "clip_grad_norm", "amp", "patience", "save_every")
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Train, or go on with a run."""
-    training = _begin(arguments) if arguments.resume is None else _resume(arguments)
-    run_dir = training.run.root
+    """Train, or go on with a run, as one process or as one of those that torchrun has started."""
+    world = started_world()
+    with joined(world):
+        return _train(arguments, world)
+
+
+def _train(arguments: argparse.Namespace, world: World) -> int:
+    training = (_begin if arguments.resume is None else _resume)(arguments, world)
     try:
         training.fit()
     except KeyboardInterrupt:
-        print(f"\ninterrupted: go on with: retinanet-ext train --resume {shlex.quote(str(run_dir))}", file=sys.stderr)
+        go_on = f"retinanet-ext train --resume {shlex.quote(str(training.run.root))}"
+        if world.is_main:
+            print(f"\ninterrupted: go on with: {go_on}", file=sys.stderr)
         return 130
-    print(_summary(training.run, training.config.epochs))
+    if world.is_main:
+        print(_summary(training.run, training.config.epochs))
     return 0
 
 
@@ -44,25 +54,27 @@ def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name not in ("command", "resume", "run_dir")}
 
 
-def _begin(arguments: argparse.Namespace) -> Training:
+def _begin(arguments: argparse.Namespace, world: World) -> Training:
     settings = {name: tuple(v) if isinstance(v, list) else v for name, v in _typed(arguments).items()}
     if "data" not in settings:
         raise UsageError("DATA is missing: name a data set, or a run to go on with (--resume RUN)")
     if settings.pop("no_val", False):
         settings["validate_every"] = 0
     config = TrainConfig(**settings)
-    with new_run_dir(arguments.run_dir, "train") as folder:
-        return Training(config, folder)
+    # The main process names the folder, which it alone writes to.
+    with new_run_dir(arguments.run_dir, "train") if world.is_main else nullcontext() as folder:
+        return Training(config, world.share(folder), world=world)
 
 
-def _resume(arguments: argparse.Namespace) -> Training:
+def _resume(arguments: argparse.Namespace, world: World) -> Training:
     typed = _typed(arguments)
     if "data" in typed or arguments.run_dir is not None:
         raise UsageError("--resume takes DATA and --run-dir from the run: leave them out")
     if refused := [name for name in typed if name not in _RESUME_CHANGES]:
-        free = ", ".join(f"--{name}" for name in _RESUME_CHANGES)
+        free = ", ".join(f"--{name.replace('_', '-')}" for name in _RESUME_CHANGES)
         raise SettingError(refused, f"cannot be changed: --resume goes on as the run began (only {free} may be given)")
-    return Training(resume_config(arguments.resume, **typed), arguments.resume, resume=True)
+    config = world.share(resume_config(arguments.resume, **typed) if world.is_main else None)
+    return Training(config, arguments.resume, resume=True, world=world)
 
 
 def _summary(run: RunFolder, epochs: int) -> str:

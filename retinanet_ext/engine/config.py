@@ -2,14 +2,16 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .run_folder import RunFolder, RunFolderError
+from .schedule import default_rate, scaled_rate
 from .settings import SettingError, check_count, check_probability, check_sizes
 
 
@@ -21,9 +23,13 @@ class TrainConfig:
     `data`, `images`, `split`: see `data.open_dataset`; `val_*` likewise, `val_data` None: `data`.
     `anchor_sizes`: the smallest anchor side of each of the five levels in pixels; each level has it times 1,
     2^(1/3) and 2^(2/3). `min_size`: sides the shorter image side is resized to; of several, training draws
-    one for each batch. `warmup_steps`: optimizer steps of linear warm-up. `clip_grad_norm` 0: no
-    clipping.
-    `validate_every`: epochs between validations, 0: none; the last epoch is always validated otherwise.
+    one for each image. `batch_size`: images at once over all processes; an optimizer step has `accumulate` times as
+    many. `scale_lr`: `lr` is meant for 16 images a step. `lr_steps`: epochs at which the step schedule divides the rate
+    by ten. `warmup_steps`: optimizer steps of linear warm-up. `clip_grad_norm` 0: no clipping. `ema`: decay of the
+    average of the weights, None: no average. `scale_jitter`: lowest and highest scale, see `data.ScaleJitter`.
+    `validate_every`: epochs between validations, 0: none; the last epoch is always validated otherwise. `patience`: the
+    run ends after so many validations without a better AP. `save_every`: optimizer steps between checkpoints, 0: after
+    each epoch alone.
     """
 
     data: str
@@ -42,25 +48,47 @@ class TrainConfig:
     epochs: int = 12
     batch_size: int = 4
     optimizer: str = "adamw"
+    accumulate: int = 1
     lr: float | None = None
+    scale_lr: bool = False
     weight_decay: float | None = None
     schedule: str = "cosine"
+    lr_steps: tuple[float, ...] | None = None
     warmup_steps: int | None = None
     clip_grad_norm: float | None = None
+    ema: float | None = None
+    scale_jitter: tuple[float, float] | None = None
     hflip: float = 0.5
     vflip: float = 0.0
+    patience: int | None = None
+    save_every: int = 0
     seed: int = 0
     workers: int | None = None
     device: str = "auto"
     amp: bool | None = None
     channels_last: bool = True
+    sync_batch_norm: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
     verify: str = "header"
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             check_count(name, getattr(self, name))
-        for name in ("seed", "validate_every", "clip_grad_norm", "warmup_steps", "workers", "weight_decay"):
+        if self.patience is not None:
+            check_count("patience", self.patience)
+            if not self.validate_every:
+                raise SettingError("patience", "counts validations, and there are none without a validation set")
+        for name in (
+            "seed",
+            "validate_every",
+            "save_every",
+            "clip_grad_norm",
+            "warmup_steps",
+            "workers",
+            "weight_decay",
+        ):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise SettingError(name, f"expected a number >= 0, got {value!r}")
@@ -68,6 +96,21 @@ class TrainConfig:
             raise SettingError("lr", f"expected a number > 0, got {self.lr!r}")
         for name in ("hflip", "vflip"):
             check_probability(name, getattr(self, name))
+        if self.scale_lr and self.lr is None:
+            raise SettingError("scale_lr", "scales the rate of --lr, and none is given")
+        if self.lr_steps is not None:
+            check_milestones(self.lr_steps, self.schedule)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise SettingError("ema", f"expected a decay between 0 and 1, such as 0.9998, got {self.ema!r}")
+        if self.scale_jitter is not None and not (
+            len(self.scale_jitter) == 2 and 0 < self.scale_jitter[0] <= self.scale_jitter[1] < math.inf
+        ):
+            raise SettingError("scale_jitter", f"expected two scales, 0 < LOW <= HIGH, got {self.scale_jitter!r}")
+        if self.cuda_graph and (self.compile or self.accumulate > 1):
+            other = "compile" if self.compile else "accumulate"
+            raise SettingError(("cuda_graph", other), "a graph holds a whole step, as it is: only one of the two")
+        if self.sync_batch_norm and self.norm != "batch":
+            raise SettingError("sync_batch_norm", f"needs --norm batch, got {self.norm}")
         check_sizes(("min_size", "max_size"), self.min_size, self.max_size)
         if len(self.anchor_sizes) != 5 or not all(size >= 1 and math.isfinite(size) for size in self.anchor_sizes):
             raise SettingError(
@@ -83,6 +126,17 @@ class TrainConfig:
         paths = {name: os.path.abspath(value) for name in names if (value := getattr(self, name)) is not None}
         return {**asdict(self), **paths}
 
+    @property
+    def images_a_step(self) -> int:
+        """Images an optimizer step, over all processes and the batches it accumulates."""
+        return self.batch_size * self.accumulate
+
+    def rate(self) -> float:
+        """The learning rate after warm-up."""
+        if self.lr is None:
+            return default_rate(self.optimizer, self.images_a_step)
+        return scaled_rate(self.lr, self.images_a_step) if self.scale_lr else self.lr
+
     def model_config(self, num_classes: int) -> dict[str, Any]:
         """What `checkpoint.build_model` takes."""
         return {
@@ -94,6 +148,14 @@ class TrainConfig:
             "anchor_sizes": octaves(self.anchor_sizes),
             "aspect_ratios": list(self.aspect_ratios),
         }
+
+
+def check_milestones(epochs: Sequence[float], schedule: str) -> None:
+    if schedule != "step":
+        raise SettingError("lr_steps", f"belongs to --schedule step, got {schedule}")
+    rising = all(a < b for a, b in pairwise(epochs))
+    if not epochs or not rising or not all(0 < epoch < math.inf for epoch in epochs):
+        raise SettingError("lr_steps", f"expected rising epochs > 0, got {epochs!r}")
 
 
 def octaves(sizes: Iterable[float]) -> list[list[int]]:

@@ -59,15 +59,26 @@ def predict_dataset(
     workers: int = 0,
     amp: bool = False,
     progress=None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[list[dict[str, Any]], list[int], list[Problem], dict[str, float]]:
     """COCO results of `model` on every readable image: (detections, ids of the images seen, problems, losses).
 
-    `progress` wraps the iterable of batches (tqdm, for instance). The model is left in the mode it was in.
+    `progress` wraps the iterable of batches (tqdm, for instance). Process `rank` of `world_size` takes its share of the
+    batches. The model is left in the mode it was in.
     """
     was_training = model.training
     model.eval()
     device = torch.device(device)
-    loader = make_loader(dataset, batch_size, train=False, workers=workers, pin_memory=device.type == "cuda")
+    loader = make_loader(
+        dataset,
+        batch_size,
+        train=False,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+        rank=rank,
+        world_size=world_size,
+    )
     detections: list[dict[str, Any]] = []
     seen: list[int] = []
     problems: list[Problem] = []

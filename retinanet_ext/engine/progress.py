@@ -14,11 +14,12 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Counts units of work, `done` of `total` to begin with. `unit`: what one is called."""
+    """Counts units of work, `done` of `total` to begin with. `unit`: what one is called. `quiet`: says nothing."""
 
-    def __init__(self, total: int, unit: str, done: int = 0):
+    def __init__(self, total: int, unit: str, done: int = 0, quiet: bool = False):
         self.tqdm = require("tqdm").tqdm
-        self.bar = self.tqdm(total=total, initial=done, unit=unit, disable=None)
+        self.bar = self.tqdm(total=total, initial=done, unit=unit, disable=True if quiet else None)
+        self.quiet = quiet
         self.total, self.unit, self.first, self.done = total, unit, done, done
         self.description = ""
         self.start = self.said = time.monotonic()
@@ -34,13 +35,14 @@ class Progress:
         if not self.bar.disable:
             self.bar.set_postfix(figures, refresh=False)
             self.bar.update()
-        elif time.monotonic() - self.said >= INTERVAL:
+        elif not self.quiet and time.monotonic() - self.said >= INTERVAL:
             self.said = time.monotonic()
             print(self._line(figures), file=sys.stderr, flush=True)
 
     def write(self, text: str) -> None:
         """A line on standard output, above the bar."""
-        self.tqdm.write(text)
+        if not self.quiet:
+            self.tqdm.write(text)
 
     def __enter__(self) -> "Progress":
         return self

@@ -15,7 +15,17 @@ from .evaluate import METRICS, Evaluation
 from .evaluation_pictures import draw_evaluation
 from .validation_loss import NAMES as LOSSES
 
-STEP_COLUMNS = ("step", "epoch", "classification", "bbox_regression", "total", "foreground", "lr", "seconds")
+STEP_COLUMNS = (
+    "step",
+    "epoch",
+    "classification",
+    "bbox_regression",
+    "total",
+    "foreground",
+    "lr",
+    "seconds",
+    "grad_norm",
+)
 EPOCH_COLUMNS = (
     "epoch",
     "step",
@@ -116,19 +126,23 @@ class RunFolder:
         with open(self.results, newline="", encoding="utf-8") as stream:
             return sum((row["epoch"] or "").isdigit() for row in csv.DictReader(stream))
 
-    def rewind(self, epoch: int) -> None:
-        """Drop the csv rows of epochs after `epoch` (1-based, 0: all): they are about to be run again."""
-        for path, columns in ((self.results, EPOCH_COLUMNS), (self.steps, STEP_COLUMNS)):
+    def rewind(self, epoch: int, step: int) -> None:
+        """Drop the csv rows of epochs after `epoch` and steps after `step` (1-based, 0: all), which are about to be run
+        again, and what a write that was killed has left."""
+        for path, columns, key, last in (
+            (self.results, EPOCH_COLUMNS, "epoch", epoch),
+            (self.steps, STEP_COLUMNS, "step", step),
+        ):
             rows = []
             if path.exists():
                 with open(path, newline="", encoding="utf-8") as stream:
-                    # A row cut short by a crash has no epoch, or belongs to one that is dropped anyway.
+                    # A row cut short by a crash has no number, or one that is dropped anyway.
                     rows = [
-                        row
-                        for row in csv.DictReader(stream)
-                        if (row["epoch"] or "").isdigit() and int(row["epoch"]) <= epoch
+                        row for row in csv.DictReader(stream) if (row[key] or "").isdigit() and int(row[key]) <= last
                     ]
             _write_rows(path, columns, rows)
+        for leftover in self.last.parent.glob(".*.tmp"):
+            leftover.unlink()
 
     def add_epoch(self, row: dict[str, Any]) -> None:
         _append_row(self.results, EPOCH_COLUMNS, row)

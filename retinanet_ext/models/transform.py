@@ -91,8 +91,10 @@ class ImageTransform(nn.Module):
         return ImageBatch(batch, sizes, original_sizes)
 
     def _normalize(self, image: Tensor) -> Tensor:
-        mean = torch.tensor(self.image_mean, dtype=image.dtype, device=image.device)
-        std = torch.tensor(self.image_std, dtype=image.dtype, device=image.device)
+        # Filled on the device: a tensor made of the host's numbers would make the host wait for its copy.
+        mean, std = (
+            torch.stack([image.new_full((), value) for value in values]) for values in (self.image_mean, self.image_std)
+        )
         return (image - mean[:, None, None]) / std[:, None, None]
 
     def _resize(self, image: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+"""The exponential moving average of the weights, which often detects better than the weights themselves."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ModelAverage:
+    """A second model, whose weights and running statistics follow those of the first.
+
+    After update n (from 1) the average keeps a share of min(decay, n / (n + 9)): early in a run, when the weights are
+    far from where they will be, it forgets faster.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """One step towards `model`; nothing that waits for a device."""
+        self.updates += 1
+        decay = min(self.decay, self.updates / (self.updates + 9))
+        mine, theirs = self.model.state_dict(), model.state_dict()
+        averaged = [name for name, value in mine.items() if value.is_floating_point()]
+        torch._foreach_lerp_([mine[name] for name in averaged], [theirs[name] for name in averaged], 1 - decay)
+        for name in mine.keys() - set(averaged):
+            mine[name].copy_(theirs[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]

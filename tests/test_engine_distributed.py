@@ -1,0 +1,310 @@
+"""Several processes train as one does: gradients, batches, evaluation, files, resume. Two gloo processes on the CPU."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import SECONDS, in_processes
+from small_retinanet import PICTURES, build_small_model, small_model
+from torch import distributed
+
+for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
+    pytest.importorskip(module, reason=f"{module} is not installed")
+
+from retinanet_ext.cli import main  # noqa: E402
+from retinanet_ext.data import Batch, Problem, generate_shapes, open_dataset  # noqa: E402
+from retinanet_ext.engine.checkpoint import load_checkpoint  # noqa: E402
+from retinanet_ext.engine.config import TrainConfig  # noqa: E402
+from retinanet_ext.engine.distributed import World, joined, started_world  # noqa: E402
+from retinanet_ext.engine.loop import NotFiniteError, train_steps  # noqa: E402
+from retinanet_ext.engine.rank_evaluation import evaluate_together  # noqa: E402
+from retinanet_ext.engine.schedule import make_optimizer, make_scheduler  # noqa: E402
+from retinanet_ext.engine.settings import SettingError, UsageError  # noqa: E402
+from retinanet_ext.engine.stepper import Stepper  # noqa: E402
+
+SIZE = 2
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return generate_shapes(tmp_path_factory.mktemp("data"), train_images=6, val_images=3, image_size=32)
+
+
+def make_batch(count, first=0, bad=None):
+    """`count` images, every third without objects; the pixels of number `bad` are not finite."""
+    images, targets = [], []
+    for number in range(first, first + count):
+        generator = torch.Generator().manual_seed(number)
+        image = torch.rand(3, 32, 32, generator=generator, dtype=torch.float64)
+        objects = number % 3
+        corner = torch.rand(objects, 2, generator=generator, dtype=torch.float64) * 16
+        boxes = torch.cat([corner, corner + 12], dim=1)
+        labels = torch.randint(0, 3, (objects,), generator=generator)
+        images.append(image * math.nan if number == bad else image)
+        targets.append({"boxes": boxes, "labels": labels, "image_id": number})
+    return Batch(images, targets, [])
+
+
+def share_of(batch, rank, size):
+    return Batch(batch.images[rank::size], batch.targets[rank::size], [])
+
+
+def make_stepper(model, world=None, **options):
+    optimizer = make_optimizer(model, "sgd", 0.1)
+    return Stepper(model, optimizer, make_scheduler(optimizer, 10, 0, "cosine"), CPU, world=world, **options)
+
+
+def step_by_step(groups, world=None):
+    """Gradients of each step, its numbers, and the weights after all of them, in float64."""
+    model = small_model().double().train()
+    stepper = make_stepper(model, world)
+    gradients, values = [], []
+    for group in groups:
+        taken = stepper.take(group)
+        gradients.append(None if taken is None else [p.grad.clone() for p in model.parameters()])
+        values.append(None if taken is None else taken.values)
+    return gradients, values, [p.detach().clone() for p in model.parameters()]
+
+
+# Of two batches that are accumulated; of five images, three for one process and two for the other; of one image, which
+# leaves a process without any; of none at all.
+GROUPS = ([make_batch(4), make_batch(3, 4)], [make_batch(5, 7)], [make_batch(1, 2)], [make_batch(0)], [make_batch(2)])
+
+
+def steps_of_a_process():
+    with joined(started_world()) as world:
+        groups = [[share_of(batch, world.rank, world.size) for batch in group] for group in GROUPS]
+        return step_by_step(groups, world)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return step_by_step(GROUPS)
+
+
+def assert_close(mine, right):
+    """To float32's rounding, which the losses' normaliser has even here."""
+    for a, b in zip(mine, right, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+def test_gradients_of_two_processes_are_those_of_one(alone):
+    expected_gradients, expected_values, expected_weights = alone
+    for gradients, values, weights in in_processes(SIZE, steps_of_a_process):
+        assert gradients[3] is None
+        assert expected_gradients[3] is None
+        for step in (0, 1, 2, 4):
+            assert_close(gradients[step], expected_gradients[step])
+            torch.testing.assert_close(values[step], expected_values[step], rtol=1e-5, atol=1e-6)
+        assert_close(weights, expected_weights)
+
+
+def test_accumulated_batches_are_one_batch(alone):
+    (two, *_), _, _ = alone
+    (one,), _, _ = step_by_step([[make_batch(7)]])
+    assert_close(one, two)
+    (with_none,), _, _ = step_by_step([[make_batch(7), make_batch(0)]])
+    assert_close(one, with_none)
+
+
+def fail_in_one_process():
+    with joined(started_world()) as world:
+        return steps_until_failure(world)
+
+
+def steps_until_failure(world):
+    model = small_model()
+    whole = [make_batch(2, first, bad=5) for first in (0, 2, 4, 6)]
+    batches = [share_of(batch, world.rank, world.size) for batch in whole]
+    batches = [batch._replace(images=[image.float() for image in batch.images]) for batch in batches]
+    steps = train_steps(make_stepper(model, world), batches)
+    done = [next(steps).step, next(steps).step]
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(NotFiniteError) as caught:
+        next(steps)
+    return done, str(caught.value), all(map(torch.equal, before, model.parameters())), caught.value.batches
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_with_one_message():
+    (first, second) = in_processes(SIZE, fail_in_one_process)
+    assert first == second
+    done, message, unchanged, batches = first
+    assert done == [1, 2]
+    assert batches == 2
+    assert unchanged
+    assert "is not finite at step 3" in message
+    assert "images of the batch: 4, 5." in message
+    assert "5 has pixels that are not finite" in message
+
+
+def evaluate_in_a_process(data):
+    with joined(started_world()) as world:
+        dataset = open_dataset(data, "val")
+        model = small_model(len(dataset.class_names)).eval()
+        model.score_thresh = 0.0
+        return evaluate_together(world, model, dataset, batch_size=2)
+
+
+def test_each_image_is_evaluated_once(data, tmp_path):
+    first, second = in_processes(SIZE, evaluate_in_a_process, data)
+    dataset = open_dataset(data, "val")
+    model = small_model(len(dataset.class_names)).eval()
+    model.score_thresh = 0.0
+    expected = evaluate_together(World(), model, dataset, batch_size=1)
+    assert first.image_ids == expected.image_ids == [1, 2, 3]
+    assert first.detections == expected.detections
+    assert second.detections == []
+    for result in (first, second):
+        assert result.images == 3
+        assert result.metrics == pytest.approx(expected.metrics, nan_ok=True)
+        assert result.losses == pytest.approx(expected.losses, rel=1e-9)
+
+
+class Killed(BaseException):
+    pass
+
+
+def train_in_a_process(argv, stop_after):
+    """The command; the main process alone may write. `stop_after` checkpoints every process is gone."""
+    from retinanet_ext.engine import run_folder, train
+
+    saved = train.Training._save_last
+    calls = []
+
+    def save_and_stop(training):
+        saved(training)
+        calls.append(training.step)
+        if len(calls) == stop_after:
+            raise Killed
+
+    def refuse(*_, **__):
+        raise AssertionError("this process must not write")
+
+    train.Training._save_last = save_and_stop
+    train.build_model = build_small_model
+    for name in PICTURES:
+        module, function = name.split(".")
+        setattr(importlib.import_module(f"retinanet_ext.engine.{module}"), function, lambda *_: None)
+    if os.environ["RANK"] != "0":
+        run_folder.write_atomically = run_folder._append_row = train.save_checkpoint = refuse
+        run_folder.RunFolder.add_problems = run_folder.StepLog.__init__ = refuse
+    try:
+        return main(argv)
+    except Killed:
+        return calls
+
+
+def options(data, run):
+    shape = "--arch resnet18 --norm group --min-size 32 40 --max-size 64 --anchor-sizes 8 16 32 64 128 --batch-size 3"
+    recipe = "--epochs 1 --save-every 1 --ema 0.9 --optimizer sgd --device cpu --workers 0"
+    return ["train", str(data), *shape.split(), *recipe.split(), "--run-dir", str(run)]
+
+
+def rows(path):
+    with open(path, newline="") as stream:
+        return [{**row, "seconds": ""} for row in csv.DictReader(stream)]
+
+
+def test_torchrun_trains_and_writes_one_run(data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SIZE}"]
+    process = subprocess.run(
+        [*command, "-m", "retinanet_ext", *options(data, tmp_path / "run")],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("2 processes, float32, 1 epochs of 2 steps of 3 images") == 1
+    assert process.stdout.count("weights: ") == 1
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 3
+    assert [row["step"] for row in rows(tmp_path / "run" / "steps.csv")] == ["1", "2"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    assert {"args.json", "labels.png", "results.png", "PR_curve.png"} <= {path.name for path in tmp_path.glob("run/*")}
+
+
+def test_two_processes_that_are_killed_and_resumed_equal_those_that_were_not(data, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert in_processes(SIZE, train_in_a_process, options(data, whole), 0) == [0] * SIZE
+    assert in_processes(SIZE, train_in_a_process, options(data, stopped), 1) == [[1]] * SIZE
+    assert load_checkpoint(stopped / "weights" / "last.pt")["progress"]["batches"] == 1
+    assert in_processes(SIZE, train_in_a_process, ["train", "--resume", str(stopped)], 0) == [0] * SIZE
+    for name in ("last.pt", "best.pt"):
+        mine, right = (load_checkpoint(run / "weights" / name) for run in (stopped, whole))
+        assert all(torch.equal(value, right["model"][key]) for key, value in mine["model"].items())
+    assert rows(stopped / "steps.csv") == rows(whole / "steps.csv")
+
+
+def test_what_torchrun_says():
+    assert started_world({}) == World()
+    said = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert started_world(said) == World(3, 4, 1, 2)
+    assert not World(3, 4, 1, 2).is_main
+    with pytest.raises(UsageError, match="expected the integers that torchrun puts into the environment, got RANK='3'"):
+        started_world({**said, "LOCAL_RANK": "x"})
+    with pytest.raises(UsageError, match=r"expected 0 <= RANK < WORLD_SIZE .* got 3 of 3"):
+        started_world({**said, "WORLD_SIZE": "3"})
+
+
+def test_a_gpu_for_each_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert World(3, 4, 1, 2).device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert World(3, 4, 1, 2).device(CPU) == CPU
+    assert World().device(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    with pytest.raises(
+        SettingError, match="each of several processes takes a GPU of its own: expected cuda, got cuda:0"
+    ):
+        World(0, 2, 0, 2).device(torch.device("cuda", 0))
+    with pytest.raises(SettingError, match="3 processes on this machine, and 2 CUDA devices"):
+        World(0, 3, 0, 3).device(torch.device("cuda"))
+
+
+def test_settings_that_do_not_fit_the_processes(data, tmp_path):
+    from retinanet_ext.engine.train import Training
+
+    config = TrainConfig(str(data), batch_size=1, device="cpu")
+    with pytest.raises(SettingError, match="batch_size: expected an image for each of 2 processes at least, got 1"):
+        Training(config, tmp_path / "run", world=World(0, 2, 0, 2))
+    config = TrainConfig(str(data), sync_batch_norm=True, device="cpu")
+    with pytest.raises(SettingError, match="sync_batch_norm: is for CUDA devices alone, got cpu"):
+        Training(config, tmp_path / "run")
+    with pytest.raises(SettingError, match="cuda_graph: is for CUDA devices alone, got cpu"):
+        Training(TrainConfig(str(data), cuda_graph=True, device="cpu"), tmp_path / "run")
+    for other in ({"compile": True}, {"accumulate": 2}):
+        with pytest.raises(SettingError, match=f"cuda_graph, {next(iter(other))}: a graph holds a whole step"):
+            TrainConfig(str(data), cuda_graph=True, **other)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SettingError, match="sync_batch_norm: needs --norm batch, got group"):
+        TrainConfig(str(data), sync_batch_norm=True, norm="group")
+
+
+def tell_problems(data, folder):
+    from retinanet_ext.engine.recorder import Recorder
+    from retinanet_ext.engine.run_folder import RunFolder
+
+    with joined(started_world()) as world:
+        recorder = Recorder(RunFolder(folder), world, print)
+        if world.is_main:
+            recorder.begin({}, open_dataset(data))
+        problems = [Problem("both.jpg", "", "broken image: x"), Problem(f"{world.rank}.jpg", "", "broken image: x")]
+        recorder.broken_images(problems, strict=False)
+        recorder.steps(1, 0)
+        row = dict.fromkeys(("classification", "bbox_regression", "foreground", "lr", "mean_seconds_per_step"), 1.0)
+        recorder.epoch({"epoch": 1, "step": 1, **row}, 1)
+        assert not distributed.is_nccl_available() or distributed.get_backend() == "gloo" or torch.cuda.is_available()
+
+
+def test_broken_images_of_every_process_are_written_down_once(data, tmp_path):
+    in_processes(SIZE, tell_problems, data, tmp_path / "run")
+    lines = Path(tmp_path / "run" / "problems.txt").read_text().splitlines()
+    assert sorted(line.split(":")[0] for line in lines) == ["0.jpg", "1.jpg", "both.jpg"]
