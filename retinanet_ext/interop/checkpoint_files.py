@@ -128,7 +128,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _what_is_held(content: Any) -> str:
     if isinstance(content, Mapping):
         return ", ".join(map(str, list(content)[:5])) or "nothing"
-    return "an object that is not read: save its state_dict()" if isinstance(content, Unread) else type(content).__name__
+    if isinstance(content, Unread):
+        return "an object that is not read: save its state_dict()"
+    return type(content).__name__
 
 
 def _read(path: Path) -> Any:
