@@ -72,18 +72,19 @@ class Stepper:
         images = self.world.total(sum(len(batch.images) for batch in batches))
         if images == 0:
             return None
-        before = Before(self.model, self.scheduler)
+        before = Before(self.model, self.scheduler, self.average)
         rate = current_rate(self.scheduler)
         values = self._step(batches, images)
-        if self.device.type != "cpu" or not self.failed:
+        on_cpu = self.device.type == "cpu"
+        if not (on_cpu and self.failed):
             self.scheduler.step()
             if self.average is not None:
-                self.average.update(self.model)
+                self.average.update(self.model, None if on_cpu else self.failed)
         return Taken(values, rate, batches, before)
 
     def undo(self, taken: Taken) -> None:
         """Put back what a step has changed whose update was not made."""
-        taken.before.restore(self.model, self.scheduler)
+        taken.before.restore(self.model, self.scheduler, self.average)
         self.failed.zero_()
 
     def losses_in_float32(self, batch: Batch) -> dict[str, Tensor]:
