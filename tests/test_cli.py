@@ -350,7 +350,11 @@ def test_wrong_arguments_are_status_2(capsys):
         with pytest.raises(SystemExit) as stopped:
             main(argv)
         assert stopped.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        program = "retinanet-ext train" if "train" in argv else "retinanet-ext"
+        assert said.startswith(f"{program}: error: ")
+        assert said.endswith(f"(see: {program} --help)\n")
 
 
 def test_env_prints_problems_and_fails_with_them(monkeypatch, capsys):

@@ -68,8 +68,15 @@ def _option(setting: str) -> str:
     return {"validate_every": "--val-every", "verify": "--check-images"}.get(setting, f"--{setting.replace('_', '-')}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says of wrong arguments one line, as the commands themselves do, without the list of all options."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see: {self.prog} --help)\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="retinanet-ext",
         description="Train, evaluate and use RetinaNet detectors.",
         epilog="examples:\n"
