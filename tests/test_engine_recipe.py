@@ -476,6 +476,16 @@ def summed(losses):
     return losses, losses["classification"] + losses["bbox_regression"]
 
 
+def test_the_curves_are_drawn_while_the_run_goes_on(data, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("retinanet_ext.engine.recorder.plot_results", lambda *_: drawn.append(1))
+    for interval, pictures in ((0.0, 3), (1e9, 1)):
+        monkeypatch.setattr("retinanet_ext.engine.recorder.PLOT_INTERVAL", interval)
+        drawn.clear()
+        Training(tiny(data, epochs=2, validate_every=0), tmp_path / str(pictures), say=quiet).fit()
+        assert len(drawn) == pictures
+
+
 def test_records_come_at_once_where_they_are_asked_for():
     """A GPU's come a step late; one that a checkpoint follows does not."""
     model = Linear()

@@ -13,7 +13,7 @@ for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
 from retinanet_ext.cli import main  # noqa: E402
-from retinanet_ext.data import generate_shapes  # noqa: E402
+from retinanet_ext.data import Problem, generate_shapes  # noqa: E402
 from retinanet_ext.engine.checkpoint import load_checkpoint, load_model  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, resume_config  # noqa: E402
 from retinanet_ext.engine.demo import run_demo  # noqa: E402
@@ -241,3 +241,14 @@ def test_anchor_sizes_that_are_no_sizes(size):
 
 def test_a_prediction_holds_what_is_used():
     assert {field.name for field in dataclasses.fields(Prediction)} == {"content", "pictures", "problems"}
+
+
+def test_a_problem_is_written_down_once(tmp_path):
+    run = RunFolder(tmp_path)
+    problems = [Problem(name, "", "broken image") for name in ("a.jpg", "b.jpg", "ö.jpg")]
+    run.add_problems(problems[:2])
+    run.add_problems([problems[0], problems[2], problems[2]])
+    assert run.problems.read_text(encoding="utf-8").splitlines() == [str(problem) for problem in problems]
+    run.problems.unlink()
+    run.add_problems([])
+    assert run.problems.read_text() == ""
