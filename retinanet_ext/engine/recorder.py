@@ -18,7 +18,6 @@ from .progress import Progress
 from .run_folder import RunFolder, StepLog, write_json
 from .sheets import with_pictures
 
-
 # Seconds from one results.png to the next while a run goes on: short epochs do not wait for a picture each.
 PLOT_INTERVAL = 60.0
 
