@@ -1,6 +1,7 @@
 """What a run says and writes down while it goes on: the main process's part; the others' recorders do nothing."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -177,5 +178,5 @@ def _epoch_line(row: dict[str, Any], epochs: int) -> str:
         f"lr {row['lr']:.2e}  {row['mean_seconds_per_step']:.3f} s a step (mean)"
     )
     if "AP" in row:
-        line += f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}"
+        line += "".join(f"  {name} {'-' if math.isnan(row[name]) else f'{row[name]:.3f}'}" for name in ("AP", "AP50"))
     return line
