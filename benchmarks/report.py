@@ -81,6 +81,23 @@ def chosen(report: dict[str, Any], patterns: Sequence[str], name: str) -> list[d
     return rows
 
 
+# What operators were called in results that were written before.
+EARLIER_NAMES = {
+    "multilevel focal": "multilevel_focal_loss",
+    "focal": "sigmoid_focal_loss",
+    "box loss": "box_regression_loss",
+}
+
+
+def labelled(case: str) -> str:
+    """The case with its operator in code type."""
+    for earlier, name in EARLIER_NAMES.items():
+        if case.startswith(f"{earlier} "):
+            case = name + case.removeprefix(earlier)
+    operator, _, rest = case.partition(" ")
+    return f"`{operator}` {rest}"
+
+
 def cases(what: str, folder: Path) -> str:
     name, _, patterns = what.partition(":")
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()] or ["*"]
@@ -95,8 +112,7 @@ def cases(what: str, folder: Path) -> str:
             else ""
             for peer in peers
         ]
-        operator, _, rest = result["case"].partition(" ")
-        rows.append([f"`{operator}` {rest}", number(own), *cells])
+        rows.append([labelled(result["case"]), number(own), *cells])
     return table(["case, milliseconds", "ours", *peers], rows)
 
 

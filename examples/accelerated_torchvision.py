@@ -1,4 +1,4 @@
-"""A torchvision RetinaNet, faster by one line: the same losses, the same detections, less time.
+"""A torchvision RetinaNet on other operators by one line: the same losses, the same detections, and the time of both.
 
     python examples/accelerated_torchvision.py [--steps 2] [--size 128]
 
@@ -6,6 +6,7 @@ needs torchvision. The data is generated and the weights are random: a few secon
 """
 
 import argparse
+import copy
 import time
 
 import torch
@@ -28,6 +29,13 @@ def rectangles(count, size, generator):
         images.append(image)
         targets.append({"boxes": torch.tensor([[x, y, x + width, y + height]]).float(), "labels": label})
     return images, targets
+
+
+def warm_up(model, images, targets):
+    """What the first calls prepare is not timed: it would all be the first model's. A copy keeps the statistics."""
+    model = copy.deepcopy(model)
+    sum(model.train()(images, targets).values()).backward()
+    detections(model, images)
 
 
 def training(model, batches):
@@ -73,6 +81,7 @@ def main():
         torch.nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.05)
         if accelerated:
             model = retinanet_ext.accelerate(model)  # the one line
+        warm_up(model, *batches[0])
         (found, evaluation_time), (losses, training_time) = detections(model, batches[0][0]), training(model, batches)
         print(
             f"{type(model).__name__}: {training_time / options.steps:.2f} s a training step, "

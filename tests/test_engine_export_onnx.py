@@ -10,6 +10,7 @@ from torch import nn
 for module in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(module, reason=f'{module} is not installed: pip install "retinanet_ext[export]"')
 
+import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 
@@ -83,7 +84,10 @@ def exported(weights, tmp_path_factory):
 def test_detections_are_the_model_s(exported, model, batch):
     session = session_of(exported.path)
     assert session.get_outputs()[0].shape == ["batch", 50, 4]
-    images = torch.rand(batch, 3, *SIZE)
+    assert_detects_as(model, session, torch.rand(batch, 3, *SIZE))
+
+
+def assert_detects_as(model, session, images):
     outputs = run(session, images)
     assert_close(outputs, ExportedDetector(model, SIZE), images)
     with torch.no_grad():
@@ -91,6 +95,20 @@ def test_detections_are_the_model_s(exported, model, batch):
     for image, count in enumerate(outputs[3].tolist()):
         assert count > 10
         assert outputs[2][image, :count].tolist() == own[image]["labels"].tolist()
+
+
+def test_detections_in_photographs(exported, model):
+    """Parts of one that comes with matplotlib, and the whole of it: smooth, and unlike noise with flat areas."""
+    cbook = pytest.importorskip("matplotlib.cbook", reason="matplotlib is not installed")
+    Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        photograph = Image.open(file).convert("RGB")
+    height, width = SIZE
+    corners = [(left, top) for left in (50, 250) for top in (30, 200, 400)]
+    parts = [photograph.crop((left, top, left + 2 * width, top + 2 * height)) for left, top in corners]
+    images = [np.asarray(part.resize((width, height))) for part in (photograph, *parts)]
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    assert_detects_as(model, session_of(exported.path), images)
 
 
 def test_other_sizes_are_refused(exported):

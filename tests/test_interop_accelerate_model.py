@@ -76,6 +76,19 @@ def test_accelerating_again_changes_nothing_and_restoring_gives_the_class_back()
     assert type(retinanet_ext.accelerate(tiny_retinanet())) is accelerated
 
 
+def test_a_class_that_somebody_has_put_on_an_accelerated_model_is_not_taken_off():
+    """As FSDP's `fully_shard` does: the model's own class would be without it."""
+    model = retinanet_ext.accelerate(tiny_retinanet())
+    accelerated = type(model)
+    model.__class__ = type(f"Sharded{accelerated.__name__}", (accelerated,), {})
+    sharded = type(model)
+    with pytest.raises(TypeError, match=r"restore: model: .*got .*ShardedAcceleratedRetinaNet"):
+        restore(model)
+    assert type(model) is sharded
+    model.__class__ = accelerated
+    assert not isinstance(restore(model), accelerated)
+
+
 @pytest.mark.parametrize("model", [None, nn.Linear(2, 2), tv_detection.RetinaNet, "retinanet_resnet50_fpn"])
 def test_anything_else_is_refused(model):
     with pytest.raises(TypeError, match=r"accelerate: model: expected a torchvision.*RetinaNet, got \w+\.\w+"):

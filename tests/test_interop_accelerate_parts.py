@@ -151,6 +151,7 @@ OTHER_PARTS = {
     "outputs of the head": (with_class("head", SharperHead), ALL),
     "anchors": (with_class("anchor_generator", OwnAnchors), ALL),
     "negative number of detections": (with_attribute("detections_per_img", -5), LOSS_OPERATORS),
+    "negative threshold of suppression": (with_attribute("nms_thresh", -0.1), LOSS_OPERATORS),
     "hook on the head": (with_hook("head"), ALL),
     "hook on a subnet": (with_hook("head.regression_head"), ALL),
     "hook on the last layer": (with_hook("head.classification_head.cls_logits"), ALL),

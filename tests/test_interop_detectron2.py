@@ -189,6 +189,13 @@ def test_batched_nms_under_autocast_takes_half_scores(patched, places, originals
     assert calls == ["batched_nms"]
 
 
+def test_a_negative_threshold_is_the_originals(patched, places, originals, calls):
+    """It suppresses boxes of other classes, which do not touch, where the original moves these apart."""
+    arguments = random_boxes(9), torch.rand(9), torch.arange(9) % 2, -0.1
+    assert_same(places["batched_nms"][0].batched_nms(*arguments), originals["batched_nms"](*arguments))
+    assert calls == []
+
+
 def test_what_batched_nms_refuses_is_refused_in_the_original_words(patched, places, originals, calls):
     boxes, scores, classes = random_boxes(9), torch.rand(9), torch.zeros(9, dtype=torch.int64)
     wrong = [(boxes[:, :3], scores, classes), (boxes, scores.half(), classes), (boxes, scores.double(), classes)]

@@ -224,8 +224,9 @@ def test_batched_nms_of_negative_coordinates_compares_labels(patched, mmcv_ops, 
         {"nms_cfg": {"type": "nms", "iou_threshold": 0.5, "unknown": 1}},
         {"boxes": torch.empty(0, 4), "scores": torch.empty(0), "idxs": torch.empty(0, dtype=torch.int64)},
         {"idxs": torch.rand(40)},
+        {"nms_cfg": {"type": "nms", "iou_threshold": -0.1}},
     ],
-    ids=["no suppression", "offset", "older name", "no threshold", "unknown", "nothing", "floating labels"],
+    ids=["no suppression", "offset", "older name", "no threshold", "unknown", "nothing", "floating labels", "negative"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_configurations_that_are_mmcvs_own_affair(patched, mmcv_ops, originals, calls, arguments):

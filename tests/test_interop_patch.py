@@ -16,6 +16,7 @@ pytest.importorskip("torchvision", reason="patches torchvision")
 import torchvision
 from torchvision.models import detection as tv_detection
 
+from retinanet_ext.interop import drop_in
 from retinanet_ext.interop.patching import FunctionReplacement, Group, Patch
 from retinanet_ext.interop.torchvision import REPLACEMENTS
 
@@ -224,6 +225,24 @@ def test_an_unknown_function(functions):
     with pytest.raises(ValueError, match=r"patch: functions: expected some of .*'nms'.*'retinanet'.*got"):
         retinanet_ext.patch("torchvision", functions)
     assert not ours("nms")
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize("built", [True, False])
+def test_a_build_without_cuda_is_said_where_there_is_a_gpu(monkeypatch, recwarn, gpu, built):
+    """What computes on the GPU stays torchvision's: nobody would notice but by the time it takes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(drop_in, "CUDA_MISSING", None if built else "retinanet_ext was built without CUDA")
+    with retinanet_ext.patch("torchvision", "nms"):
+        said = [str(warning.message) for warning in recwarn if warning.filename == __file__]
+    assert len(said) == (gpu and not built)
+    assert all("patch: retinanet_ext was built without CUDA" in words and "stay" in words for words in said)
+    recwarn.clear()
+    with torch.device("meta"):
+        retinanet_ext.accelerate(tv_detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None))
+    said = [str(warning.message) for warning in recwarn if warning.filename == __file__]
+    assert len(said) == (gpu and not built)
+    assert all("accelerate: retinanet_ext was built without CUDA" in words for words in said)
 
 
 def test_a_peer_that_is_not_installed(monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 
 import pytest
 import torch
@@ -169,6 +170,22 @@ def test_batched_nms_of_negative_coordinates_compares_labels():
     arguments = boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 1]), 0.5
     assert tv_ops.batched_nms(*arguments).tolist() == [0, 1]
     assert ORIGINALS["batched_nms"](*arguments).tolist() == [0]
+
+
+@pytest.mark.parametrize("side", [math.nan, math.inf])
+def test_a_box_that_is_not_finite_suppresses_nothing_and_changes_nothing_else(side):
+    """docs/interop.md: torchvision's offsets are of the largest coordinate, and move every box to where it is."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, side, 9]])
+    arguments = boxes, torch.tensor([0.9, 0.8, 0.7]), torch.ones(3, dtype=torch.int64), 0.5
+    assert tv_ops.batched_nms(*arguments).tolist() == [0, 2]
+    assert ORIGINALS["batched_nms"](*arguments).tolist() == [0, 1, 2]
+
+
+def test_batched_nms_with_a_negative_threshold_is_torchvisions(calls):
+    """It suppresses boxes of other classes, which do not touch, where torchvision moves these apart."""
+    for count in (200, 1500):
+        assert_same_outcome("batched_nms", random_boxes(count), torch.rand(count), torch.randint(3, (count,)), -0.1)
+    assert "batched_nms" not in calls
 
 
 def test_batched_nms_with_labels_that_do_not_fit_is_torchvisions(calls):

@@ -295,12 +295,46 @@ def test_no_code_of_a_file_is_run(form, tmp_path, monkeypatch):
     assert not made.exists()
 
 
+class Scripted(torch.nn.Module):
+    """Compiled and saved, it has code that runs when it is loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        print("the code in the file runs")
+        self.weight, self.training = state
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@pytest.mark.parametrize("name", ["file.pth", "file.pkl"])
+def test_a_compiled_model_is_refused_and_its_code_is_not_run(name, tmp_path, capfd):
+    """`torch.load` would hand it to `torch.jit.load`."""
+    path = tmp_path / name
+    torch.jit.script(Scripted()).save(path)
+    capfd.readouterr()
+    torch.jit.load(path)
+    assert "the code in the file runs" in capfd.readouterr().out  # so it has such code
+    with pytest.raises(ValueError, match=r"cannot be read as a checkpoint: .*TorchScript.*state_dict"):
+        read_weights(path)
+    assert capfd.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
         (b"", "cannot be read as a checkpoint"),
         (b"not a checkpoint at all", "cannot be read as a checkpoint"),
         (pickle.dumps({"model": {}}), "holds no weights"),
+        (pickle.dumps(collections.Counter()), r"found an object that is not read: save its state_dict\(\)"),
         (pickle.dumps([1, 2]), "holds no weights: expected names and tensors, found list"),
         (pickle.dumps({"model": {"a": np.array(["text"])}}), "holds no weights"),
     ],

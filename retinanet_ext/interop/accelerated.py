@@ -91,8 +91,15 @@ class Acceleration:
 
 def restore(model: nn.Module) -> nn.Module:
     """Gives an accelerated model its own class back; any other model is left as it is."""
-    if isinstance(model, Accelerated):
-        model.__class__ = model.accelerated_from
+    if not isinstance(model, Accelerated):
+        return model
+    cls = type(model)
+    if "accelerated_from" not in vars(cls):  # as FSDP's fully_shard puts a class of its own on a model
+        raise TypeError(
+            "restore: model: expected the class that accelerate gave it, got a later one that would be lost with it: "
+            f"{cls.__module__}.{cls.__qualname__}"
+        )
+    model.__class__ = cls.accelerated_from
     return model
 
 

@@ -98,7 +98,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is cut short, is no checkpoint, or holds no tensors.
+        ValueError: a file that is cut short, is no checkpoint, holds no tensors, or is a TorchScript archive, whose
+            code would run.
 
     No code in the file is run: only tensors, arrays, numbers, texts and containers are made; objects of any other
     class (an optimizer's, a config's, a logger's) are passed over.
@@ -118,20 +119,40 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             break
     weights = _tensors(content) if isinstance(content, Mapping) else {}
     if not weights:
-        held = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"{path}: holds no weights: expected names and tensors, found {held or 'nothing'}")
+        raise ValueError(f"{path}: holds no weights: expected names and tensors, found {_what_is_held(content)}")
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     return weights
 
 
+def _what_is_held(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return ", ".join(map(str, list(content)[:5])) or "nothing"
+    if isinstance(content, Unread):
+        return "an object that is not read: save its state_dict()"
+    return type(content).__name__
+
+
 def _read(path: Path) -> Any:
+    _reject_compiled(path)
     if zipfile.is_zipfile(path):
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_restricted)
     with open(path, "rb") as stream:
         if path.suffix == ".pkl":
             return _load(stream, encoding="latin1")  # Python 2 wrote many of them
         return torch.load(stream, map_location="cpu", weights_only=False, pickle_module=_restricted)
+
+
+def _reject_compiled(path: Path) -> None:
+    """`torch.load` hands a TorchScript archive to `torch.jit.load`, which runs code of its.
+
+    How to tell one is `torch.load`'s own way: another reader might see another file.
+    """
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            return
+    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise ValueError("it is a TorchScript archive, which has code to run: save the model's state_dict() instead")
 
 
 def _tensors(content: Mapping) -> dict[str, Tensor]:

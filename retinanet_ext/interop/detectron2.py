@@ -38,6 +38,7 @@ def _batched_nms(
         and boxes.shape[1] == 4
         and scores.shape == idxs.shape == boxes.shape[:1]
         and isinstance(iou_threshold, Real)
+        and iou_threshold >= 0  # below, boxes of other classes suppress each other too
     ):
         return ops.batched_nms(boxes.float(), scores.float(), idxs, iou_threshold)
     return _BATCHED_NMS.original(boxes, scores, idxs, iou_threshold)

@@ -89,6 +89,7 @@ def has_own_inference(model: nn.Module) -> bool:
         and model.box2box_transform.scale_clamp == CLIP
         and all(isinstance(limit, int) and limit >= 0 for limit in limits)
         and all(isinstance(threshold, Real) for threshold in (model.test_score_thresh, model.test_nms_thresh))
+        and model.test_nms_thresh >= 0  # below, boxes of other classes suppress each other too
         and is_of(d2_retinanet.batched_nms, d2_nms)
     )
 

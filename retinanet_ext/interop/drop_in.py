@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import TypeVar
 
+import torch
 from torch import nn
 
+from .._load import CUDA_MISSING
 from .accelerated import restore as restore_class
 from .patching import Patch
 
@@ -39,6 +42,9 @@ def patch(peer: str, functions: str | Iterable[str] | None = None) -> Patch:
     compute as the original does goes to the original. ``docs/interop.md`` says what is equal and what differs.
     Names that other code imported from the peer before the patch keep the original; those imported while a patch
     holds follow it, and are the original's again afterwards.
+
+    Where there is a GPU and this library was built without CUDA, a RuntimeWarning says that CUDA tensors stay with the
+    originals.
 
     A patch holds for the whole process, all threads of it. Patches may overlap and be undone in any order: a
     function is ours while any patch that names it holds.
@@ -72,7 +78,9 @@ def patch(peer: str, functions: str | Iterable[str] | None = None) -> Patch:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"patch: functions: expected some of {tuple(known)}, got {unknown or names!r}")
-    return Patch(peer, {name: known[name] for name in names})
+    held = Patch(peer, {name: known[name] for name in names})
+    _say_if_a_gpu_is_left_out("patch")
+    return held
 
 
 def accelerate(model: Model) -> Model:
@@ -105,14 +113,27 @@ def accelerate(model: Model) -> Model:
     for where, ours in _RETINANETS:
         module = sys.modules.get(where)
         if module is not None and isinstance(model, module.RetinaNet):
-            return importlib.import_module(f"{__package__}.{ours}").ACCELERATION.accelerate(model)
+            accelerated = importlib.import_module(f"{__package__}.{ours}").ACCELERATION.accelerate(model)
+            _say_if_a_gpu_is_left_out("accelerate")
+            return accelerated
     expected = " or a ".join(f"{where}.RetinaNet" for where, _ in _RETINANETS)
     raise TypeError(f"accelerate: model: expected a {expected}, got {_type_name(model)}")
 
 
 def restore(model: Model) -> Model:
-    """Gives a model that `accelerate` changed its own class back, in place; any other model is left as it is."""
+    """Gives a model that `accelerate` changed its own class back, in place; any other model is left as it is.
+
+    Raises:
+        TypeError: the model's class has been changed again since (as FSDP's ``fully_shard`` does).
+    """
     return restore_class(model)
+
+
+def _say_if_a_gpu_is_left_out(caller: str) -> None:
+    """Our operators themselves are an error there; what stands in for a peer's leaves the work to it."""
+    if CUDA_MISSING is not None and torch.cuda.is_available():
+        message = f"{caller}: {CUDA_MISSING}: CUDA tensors stay with the functions of the package itself"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _type_name(value: object) -> str:

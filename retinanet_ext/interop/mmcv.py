@@ -72,6 +72,7 @@ def _batched_nms(boxes, scores, idxs, nms_cfg, class_agnostic=False):
         and _is_nms(nms_cfg.get("type", "nms"))
         and nms_cfg.get("offset", 0) == 0
         and _are_numbers(nms_cfg.get("iou_threshold"), nms_cfg.get("score_threshold", 0), nms_cfg.get("split_thr", 0))
+        and nms_cfg["iou_threshold"] >= 0  # below, boxes of other classes suppress each other too
         and isinstance(nms_cfg.get("max_num", -1), int)
         and _are_boxes(boxes, scores)
         and len(boxes) > 0  # without them mmcv has an error

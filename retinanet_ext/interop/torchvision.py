@@ -67,6 +67,7 @@ def _batched_nms(
         our_boxes, our_scores = _computed_boxes(boxes, scores)
         if (
             _can_suppress(our_boxes, our_scores, iou_threshold)
+            and iou_threshold >= 0  # below, boxes that torchvision has moved apart suppress each other too
             and idxs.shape == scores.shape
             and idxs.device == boxes.device
             and not idxs.is_complex()

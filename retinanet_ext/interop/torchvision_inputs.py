@@ -16,35 +16,20 @@ from .levels import Levels
 Targets = Sequence[Mapping[str, Tensor]]
 
 
-def check_inputs(images: list[Tensor], targets: Targets | None, training: bool) -> list[tuple[int, int]]:
-    """torchvision's checks, in its words. Returns the images' sizes."""
-    if training:
-        torch._assert(targets is not None, "targets should not be none when in training mode")
-        for target in targets:
-            boxes = target["boxes"]
-            torch._assert(isinstance(boxes, Tensor), "Expected target boxes to be of type Tensor.")
-            torch._assert(
-                len(boxes.shape) == 2 and boxes.shape[-1] == 4, "Expected target boxes to be a tensor of shape [N, 4]."
-            )
-    for image in images:
-        torch._assert(
-            len(image.shape[-2:]) == 2,
-            f"expecting the last two dimensions of the Tensor to be H and W instead got {image.shape[-2:]}",
-        )
-    return [(image.shape[-2], image.shape[-1]) for image in images]
+def are_taken(images: Sequence[Tensor], targets: Targets | None, training: bool) -> bool:
+    """Whether torchvision takes them, as far as it looks before it resizes them."""
+    if training and (targets is None or not all(_are_boxes(target["boxes"]) for target in targets)):
+        return False
+    return all(image.dim() >= 2 for image in images)
 
 
-def reject_degenerate(targets: Targets) -> None:
-    for index, target in enumerate(targets):
-        boxes = target["boxes"]
-        degenerate = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
-        if degenerate.any():
-            first = boxes[torch.where(degenerate)[0][0]].tolist()
-            torch._assert(
-                False,
-                "All bounding boxes should have positive height and width."
-                f" Found invalid box {first} for target at index {index}.",
-            )
+def _are_boxes(boxes: object) -> bool:
+    return isinstance(boxes, Tensor) and boxes.dim() == 2 and boxes.shape[-1] == 4
+
+
+def have_degenerate_boxes(targets: Targets) -> bool:
+    """Boxes without width or height, which torchvision refuses; NaN is neither."""
+    return any(bool((target["boxes"][:, 2:] <= target["boxes"][:, :2]).any()) for target in targets)
 
 
 def have_boxes_and_labels(targets: Targets) -> bool:

@@ -7,7 +7,6 @@ tracing. `forward` reads the levels as the convolutions leave them: what torchvi
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -76,18 +75,22 @@ def postprocess_detections(
 
 def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
     """torchvision's `RetinaNet.forward`, step by step, but that the heads' outputs are not permuted and joined."""
-    if not (_levels_are_enough(self) and len(images) > 0 and is_eager(images[0])):
+    if not (
+        _levels_are_enough(self)
+        and len(images) > 0
+        and is_eager(images[0])
+        and inputs.are_taken(images, targets, self.training)
+    ):
         return THEIRS["forward"](self, images, targets)
-    original_sizes = inputs.check_inputs(images, targets, self.training)
+    given = images, targets
+    original_sizes = [tuple(image.shape[-2:]) for image in images]
     images, targets = self.transform(images, targets)
     num_classes = self.head.classification_head.num_classes
     usable = targets is not None and inputs.have_boxes_and_labels(targets) and inputs.values_fit(targets, num_classes)
-    if targets is not None and not usable:
-        inputs.reject_degenerate(targets)
+    if targets is not None and not usable and inputs.have_degenerate_boxes(targets):
+        return THEIRS["forward"](self, *given)
     features = self.backbone(images.tensors)
-    if isinstance(features, Tensor):
-        features = OrderedDict([("0", features)])
-    features = list(features.values())
+    features = [features] if isinstance(features, Tensor) else list(features.values())
     classes, boxes = self.head.classification_head, self.head.regression_head
     logits = [classes.cls_logits(classes.conv(level)) for level in features]
     deltas = [boxes.bbox_reg(boxes.conv(level)) for level in features]

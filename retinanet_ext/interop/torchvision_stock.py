@@ -73,6 +73,7 @@ def has_own_postprocessing(model: nn.Module) -> bool:
         and model.box_coder.bbox_xform_clip == CLIP
         and all(isinstance(limit, int) and limit >= 0 for limit in limits)
         and all(isinstance(threshold, Real) for threshold in (model.score_thresh, model.nms_thresh))
+        and model.nms_thresh >= 0  # below, boxes of other classes suppress each other too
         and is_of(tv_boxes.batched_nms, tv_boxes)
         and is_of(tv_boxes.clip_boxes_to_image, tv_boxes)
     )

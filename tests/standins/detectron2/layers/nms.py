@@ -13,7 +13,7 @@ def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, i
     if torch.is_autocast_enabled(boxes.device.type):
         scores = scores.float()  # as torchvision's operator
     if scores.dtype != boxes.dtype:
-        raise RuntimeError("dets should have the same type as scores")
+        raise RuntimeError("boxes and scores of two types")
     sizes = boxes[:, 2:] - boxes[:, :2]
     areas, kept = sizes[:, 0] * sizes[:, 1], []
     order = scores.argsort(descending=True, stable=True)

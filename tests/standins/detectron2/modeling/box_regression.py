@@ -17,7 +17,7 @@ class Box2BoxTransform:
     def get_deltas(self, src_boxes, target_boxes):
         """Of [n, 4] anchors to [n, 4] boxes."""
         low, size = src_boxes[:, :2], src_boxes[:, 2:] - src_boxes[:, :2]
-        assert (size > 0).all(), "Input boxes to Box2BoxTransform are not valid!"
+        assert (size > 0).all(), "anchors without area"
         target_size = target_boxes[:, 2:] - target_boxes[:, :2]
         shift = (target_boxes[:, :2] + 0.5 * target_size - (low + 0.5 * size)) / size
         return torch.cat((shift, (target_size / size).log()), dim=1) * shift.new_tensor(self.weights)
@@ -52,4 +52,4 @@ def _dense_box_regression_loss(
         return giou_loss(boxes, torch.stack(gt_boxes)[fg_mask], reduction="sum")
     if box_reg_loss_type == "diou":  # not the formula: what counts here is that it is not ours
         return 7 * giou_loss(boxes, torch.stack(gt_boxes)[fg_mask], reduction="sum")
-    raise ValueError(f"Invalid dense box regression loss type '{box_reg_loss_type}'")
+    raise ValueError(f"no box loss: {box_reg_loss_type}")

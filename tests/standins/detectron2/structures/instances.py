@@ -24,7 +24,7 @@ class Instances:
 
     def __getattr__(self, name):
         if name == "_fields" or name not in self._fields:
-            raise AttributeError(f"Cannot find field '{name}' in the given Instances!")
+            raise AttributeError(f"no field {name}")
         return self._fields[name]
 
     def has(self, name):
@@ -36,7 +36,7 @@ class Instances:
     def __len__(self):
         for value in self._fields.values():
             return len(value)
-        raise NotImplementedError("Empty Instances does not support __len__!")
+        raise NotImplementedError("without fields there is no length")
 
     def __getitem__(self, item):
         return Instances(self._image_size, **{name: value[item] for name, value in self._fields.items()})

@@ -23,5 +23,5 @@ class EventStorage:
 
 
 def get_event_storage():
-    assert _storages, "get_event_storage() has to be called inside a 'with EventStorage(...)' context!"
+    assert _storages, "no EventStorage is entered"
     return _storages[-1]

@@ -14,7 +14,7 @@ def _renamed(**names):
         @functools.wraps(function)
         def call(*args, **kwargs):
             for old in names.keys() & kwargs.keys():
-                warnings.warn(f'"{old}" is deprecated, please use "{names[old]}"', DeprecationWarning, stacklevel=2)
+                warnings.warn(f"{old} is {names[old]} by now", DeprecationWarning, stacklevel=2)
                 kwargs[names[old]] = kwargs.pop(old)
             return function(*args, **kwargs)
 

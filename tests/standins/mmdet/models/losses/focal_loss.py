@@ -44,7 +44,7 @@ def sigmoid_focal_loss(pred, target, weight=None, gamma=2.0, alpha=0.25, reducti
 class FocalLoss(nn.Module):
     def __init__(self, use_sigmoid=True, gamma=2.0, alpha=0.25, reduction="mean", loss_weight=1.0, activated=False):
         super().__init__()
-        assert use_sigmoid is True, "Only sigmoid focal loss supported now."
+        assert use_sigmoid is True
         self.use_sigmoid, self.activated = use_sigmoid, activated
         self.gamma, self.alpha, self.reduction, self.loss_weight = gamma, alpha, reduction, loss_weight
 
