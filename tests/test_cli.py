@@ -345,12 +345,20 @@ def test_help_has_examples(command, capsys):
     assert f"retinanet-ext {command}" in out
 
 
-def test_wrong_arguments_are_status_2(capsys):
+def test_wrong_arguments_are_status_2(capsys, monkeypatch):
     for argv in ([], ["fly"], ["train", "x", "--epochs", "many"]):
         with pytest.raises(SystemExit) as stopped:
             main(argv)
         assert stopped.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        program = "retinanet-ext train" if "train" in argv else "retinanet-ext"
+        assert said.startswith(f"{program}: error: ")
+        assert said.endswith(f"(see: {program} --help)\n")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        main(["fly"])
+    assert (stopped.value.code, capsys.readouterr().err) == (2, "")
 
 
 def test_env_prints_problems_and_fails_with_them(monkeypatch, capsys):

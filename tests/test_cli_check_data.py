@@ -37,7 +37,10 @@ def test_a_clean_set(data, tmp_path, capsys):
     assert "4 images" in out
     assert "2 images" in out
     assert f"0 problems; pictures: {tmp_path / 'out'}\nnext: retinanet-ext anchors {data}" in out
-    content = json.loads((data / "annotations" / "instances_train.json").read_text())
+    one, images = data / "annotations" / "instances_train.json", data / "train"
+    shown = run(capsys, "check-data", one, "--images", images, "--run-dir", tmp_path / "one")[1]
+    assert f"next: retinanet-ext anchors {one} --images {images}\n" in shown
+    content = json.loads(one.read_text())
     discs = [a for a in content["annotations"] if a["category_id"] == 1]
     row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["disc"])
     assert row == ["disc", str(len({a["image_id"] for a in discs})), str(len(discs)), "0"]

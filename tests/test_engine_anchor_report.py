@@ -122,6 +122,9 @@ def test_the_command_reports_and_says_how_to_train(tmp_path, capsys):
     assert "triangle" in out
     command = next(line for line in out.splitlines() if line.startswith("next: "))
     assert command.startswith(f"next: retinanet-ext train {data} --min-size 64 --max-size 64 --anchor-sizes ")
+    one = [str(data / "annotations" / "instances_train.json"), "--images", str(data / "train")]
+    assert main(["anchors", *one, *argv[2:]]) == 0
+    assert f"next: retinanet-ext train {' '.join(one)} --min-size 64 " in capsys.readouterr().out
     # What is proposed is accepted, and then there is nothing better.
     sizes, ratios = command.split("--anchor-sizes ")[1].split(" --aspect-ratios ")
     assert main([*argv, "--anchor-sizes", *sizes.split(), "--aspect-ratios", *ratios.split()]) == 0

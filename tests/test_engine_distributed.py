@@ -107,6 +107,37 @@ def test_gradients_of_two_processes_are_those_of_one(alone):
         assert_close(weights, expected_weights)
 
 
+def synchronised_steps_of_a_process():
+    """The images that a synchronised layer saw at each of its meetings, and the gradients of the last step."""
+    seen = []
+
+    def meet(self, features):
+        assert features.dtype == torch.float64
+        images = torch.tensor(len(features))
+        distributed.all_reduce(images)  # a GPU's statistics; here a process that does not come is waited for, too
+        seen.append(int(images))
+        return features * self.weight[:, None, None] + self.bias[:, None, None]
+
+    torch.nn.SyncBatchNorm.forward = meet
+    torch.nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None  # refuses the CPU
+    with joined(started_world()) as world:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(small_model(norm="batch").double().train())
+        stepper = make_stepper(model, world)
+        empty = make_batch(0)
+        for group in (*GROUPS, [empty, make_batch(1, 1), make_batch(2, 3), empty]):
+            stepper.take([share_of(batch, world.rank, world.size) for batch in group])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            stepper.own_losses()
+        return seen, [p.grad.clone() for p in model.parameters()]
+
+
+def test_synchronised_layers_meet_where_a_process_has_no_image():
+    (seen, gradients), (others, same) = in_processes(SIZE, synchronised_steps_of_a_process)
+    assert seen == others == [4, 3, 5, 1, 2, 1, 2, 0]
+    assert all(map(torch.equal, gradients, same))
+    assert any(gradient.any() for gradient in gradients)
+
+
 def test_accumulated_batches_are_one_batch(alone):
     (two, *_), _, _ = alone
     (one,), _, _ = step_by_step([[make_batch(7)]])

@@ -23,6 +23,7 @@ from retinanet_ext.engine.evaluate import evaluate  # noqa: E402
 from retinanet_ext.engine.event_log import EventLog  # noqa: E402
 from retinanet_ext.engine.loop import StepRecord  # noqa: E402
 from retinanet_ext.engine.matches import match_detections  # noqa: E402
+from retinanet_ext.engine.plots import _plot_loss, new_figure, save_figure  # noqa: E402
 from retinanet_ext.engine.plots_evaluation import plot_confusion_matrix, plot_scores  # noqa: E402
 from retinanet_ext.engine.plots_labels import plot_labels  # noqa: E402
 from retinanet_ext.engine.sheets import with_pictures, write_annotations, write_detections  # noqa: E402
@@ -220,6 +221,20 @@ def test_plots_of_many_classes_and_of_nothing(tmp_path):
         plot_confusion_matrix(matches, tmp_path / f"{name}_matrix.png")
         plot_scores(matches, tmp_path / f"{name}_scores.png")
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("losses", "validation", "scale"),
+    [([0.0, 0.0], [0.0], "linear"), ([1.1, 0.8], [math.nan], "linear"), ([0.9, 0.0], [0.1], "log"), ([], [], "linear")],
+)
+def test_losses_have_an_axis_that_fits_them(losses, validation, scale, tmp_path):
+    figure, axes = new_figure(4, 3)
+    steps = {"step": np.arange(len(losses)) + 1.0, "total": np.array(losses)}
+    epochs = {"step": np.arange(len(validation)) + 2.0, "val_total": np.array(validation)}
+    _plot_loss(axes, steps, epochs, "total", "tab:blue")
+    save_figure(figure, tmp_path / "loss.png")
+    assert axes.get_yscale() == scale
 
 
 def test_labels_of_a_set_without_objects(data, tmp_path):

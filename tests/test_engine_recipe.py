@@ -22,6 +22,7 @@ from retinanet_ext.engine import train  # noqa: E402
 from retinanet_ext.engine.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, resume_config  # noqa: E402
 from retinanet_ext.engine.ema import ModelAverage  # noqa: E402
+from retinanet_ext.engine.failure import Before  # noqa: E402
 from retinanet_ext.engine.loop import NotFiniteError, train_steps  # noqa: E402
 from retinanet_ext.engine.run_folder import RunFolder  # noqa: E402
 from retinanet_ext.engine.schedule import (  # noqa: E402
@@ -32,7 +33,7 @@ from retinanet_ext.engine.schedule import (  # noqa: E402
     make_scheduler,
     rate_factor,
 )
-from retinanet_ext.engine.stepper import Stepper  # noqa: E402
+from retinanet_ext.engine.stepper import Stepper, Taken  # noqa: E402
 from retinanet_ext.engine.train import Training  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -446,8 +447,47 @@ def test_a_fused_update_is_left_out_after_a_failure(name):
     assert model.weight.item() == before
 
 
+def test_the_average_is_as_it_was_before_a_step_that_a_gpu_found_out_late():
+    """There the average is updated before the host knows, with running statistics that the images have spoiled."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    optimizer = make_optimizer(model, "sgd", 0.1)
+    average = ModelAverage(model, 0.9)
+    stepper = Stepper(model, optimizer, make_scheduler(optimizer, 10, 0, "cosine"), CPU, average=average)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    average.update(model, stepper.failed)
+    lerped = ModelAverage(model, 0.9)
+    lerped.load_state_dict({"model": {**average.model.state_dict(), "0.weight": model[0].weight - 1.0}, "updates": 0})
+    lerped.update(model)
+    torch.testing.assert_close(average.model[0].weight, lerped.model[0].weight)
+    expected = copy.deepcopy(average.state_dict())
+    before = Before(model, stepper.scheduler, average)
+    stepper.failed.fill_(1.0)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+        model[1].running_mean.fill_(math.nan)
+    for _ in range(2):  # the failed step, and the one after it
+        average.update(model, stepper.failed)
+    stepper.undo(Taken(torch.zeros(5), 0.1, [], before))
+    found = average.state_dict()
+    assert found["updates"] == expected["updates"] == 1
+    for name, value in expected["model"].items():
+        assert torch.equal(found["model"][name], value), name
+    assert model[1].running_mean.item() == 0.0
+
+
 def summed(losses):
     return losses, losses["classification"] + losses["bbox_regression"]
+
+
+def test_the_curves_are_drawn_while_the_run_goes_on(data, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("retinanet_ext.engine.recorder.plot_results", lambda *_: drawn.append(1))
+    for interval, pictures in ((0.0, 3), (1e9, 1)):
+        monkeypatch.setattr("retinanet_ext.engine.recorder.PLOT_INTERVAL", interval)
+        drawn.clear()
+        Training(tiny(data, epochs=2, validate_every=0), tmp_path / str(pictures), say=quiet).fit()
+        assert len(drawn) == pictures
 
 
 def test_records_come_at_once_where_they_are_asked_for():

@@ -13,7 +13,7 @@ for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
 from retinanet_ext.cli import main  # noqa: E402
-from retinanet_ext.data import generate_shapes  # noqa: E402
+from retinanet_ext.data import Problem, generate_shapes  # noqa: E402
 from retinanet_ext.engine.checkpoint import load_checkpoint, load_model  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, resume_config  # noqa: E402
 from retinanet_ext.engine.demo import run_demo  # noqa: E402
@@ -67,7 +67,9 @@ def test_best_follows_the_training_where_validation_has_nothing_to_count(tmp_pat
     content = json.loads(json_file.read_text())
     json_file.write_text(json.dumps({**content, "annotations": []}))
     assert main(["train", str(data), "--epochs", "2", "--run-dir", str(tmp_path / "run"), *TINY]) == 0
-    assert capsys.readouterr().out.count("no object to count") == 1
+    out = capsys.readouterr().out
+    assert out.count("no object to count") == 1
+    assert out.count("AP -  AP50 -\n") == 2
     best, last = (load_checkpoint(tmp_path / "run" / "weights" / name) for name in ("best.pt", "last.pt"))
     assert best["epoch"] == 2
     assert best["best"] is None
@@ -241,3 +243,14 @@ def test_anchor_sizes_that_are_no_sizes(size):
 
 def test_a_prediction_holds_what_is_used():
     assert {field.name for field in dataclasses.fields(Prediction)} == {"content", "pictures", "problems"}
+
+
+def test_a_problem_is_written_down_once(tmp_path):
+    run = RunFolder(tmp_path)
+    problems = [Problem(name, "", "broken image") for name in ("a.jpg", "b.jpg", "ö.jpg")]
+    run.add_problems(problems[:2])
+    run.add_problems([problems[0], problems[2], problems[2]])
+    assert run.problems.read_text(encoding="utf-8").splitlines() == [str(problem) for problem in problems]
+    run.problems.unlink()
+    run.add_problems([])
+    assert run.problems.read_text() == ""

@@ -33,9 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         status = _status(error)
         # Wrong arguments are wrong for every process that torchrun has started: one of them says so.
-        if status != 2 or os.environ.get("RANK", "0") == "0":
+        if status != 2 or _speaks():
             print(f"retinanet-ext {arguments.command}: error: {message}", file=sys.stderr)
         return status
+
+
+def _speaks() -> bool:
+    """Whether this is the main process of those that torchrun has started, or alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _status(error: Exception) -> int:
@@ -68,8 +73,15 @@ def _option(setting: str) -> str:
     return {"validate_every": "--val-every", "verify": "--check-images"}.get(setting, f"--{setting.replace('_', '-')}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says of wrong arguments one line, as the commands themselves do, without the list of all options."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see: {self.prog} --help)\n" if _speaks() else None)
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="retinanet-ext",
         description="Train, evaluate and use RetinaNet detectors.",
         epilog="examples:\n"

@@ -178,10 +178,11 @@ def report_anchors(dataset: DetectionDataset, config: TrainConfig) -> str:
     if better is None:
         parts.append("no sizes and ratios of the same number cover clearly more: keep them")
     else:
+        images = "" if config.images is None else f"--images {shlex.quote(config.images)} "
         parts += [
             f"\n{better.options()}, at the same cost:",
             coverage_table(boxes, best_overlaps(boxes, better), names),
-            f"next: retinanet-ext train {shlex.quote(config.data)} --min-size {config.min_size[-1]} --max-size "
+            f"next: retinanet-ext train {shlex.quote(config.data)} {images}--min-size {config.min_size[-1]} --max-size "
             f"{config.max_size} {better.options()}",
         ]
     return "\n".join(parts)

@@ -184,6 +184,7 @@ def run_anchors(arguments: argparse.Namespace) -> int:
     """Report how well anchors cover a data set, and propose better ones."""
     config = TrainConfig(
         arguments.data,
+        images=arguments.images,
         min_size=(arguments.min_size,),
         max_size=arguments.max_size,
         anchor_sizes=tuple(arguments.anchor_sizes),
@@ -212,7 +213,8 @@ def run_check_data(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    print(f"next: retinanet-ext anchors {shlex.quote(arguments.data)}")
+    images = "" if arguments.images is None else f" --images {shlex.quote(arguments.images)}"
+    print(f"next: retinanet-ext anchors {shlex.quote(arguments.data)}{images}")
     return 0
 
 

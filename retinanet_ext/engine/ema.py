@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import other_buffers
 
@@ -23,13 +23,23 @@ class ModelAverage:
         self.updates = 0
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """One step towards `model`; nothing that waits for a device."""
+    def update(self, model: nn.Module, failed: Tensor | None = None) -> None:
+        """One step towards `model`; nothing that waits for a device.
+
+        `failed`: float [], 1 where the step was not made, which the host does not know yet: the weights then stay to
+        the bit. Running statistics that are not finite come in nevertheless; `failure.Before` puts them back.
+        """
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 9))
         mine, theirs = self.model.state_dict(), model.state_dict()
         averaged = [name for name, value in mine.items() if value.is_floating_point()]
-        torch._foreach_lerp_([mine[name] for name in averaged], [theirs[name] for name in averaged], 1 - decay)
+        own, new = [mine[name] for name in averaged], [theirs[name] for name in averaged]
+        if failed is None:
+            torch._foreach_lerp_(own, new, 1 - decay)
+        else:
+            kept = decay + (1 - decay) * failed
+            torch._foreach_mul_(own, kept)
+            torch._foreach_add_(own, torch._foreach_mul(new, 1 - kept))
         for name in mine.keys() - set(averaged):
             mine[name].copy_(theirs[name])
         theirs = other_buffers(model)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from retinanet_ext.data import Batch
 
+from .ema import ModelAverage
 from .schedule import set_rate
 
 
@@ -26,20 +28,25 @@ class NotFiniteError(TrainingError):
 
 
 class Before:
-    """What a step changes even where its update is not made: running statistics, random state, learning rate."""
+    """What a step changes even where its update is not made: running statistics, those of the average of the weights
+    too, random state, learning rate."""
 
-    def __init__(self, model: nn.Module, scheduler: Any):
+    def __init__(self, model: nn.Module, scheduler: Any, average: ModelAverage | None = None):
+        self.updates = None if average is None else average.updates
         # One tensor a type: a copy for each of a hundred buffers would cost a GPU a hundred launches.
         self.buffers = {
-            dtype: torch.cat([buffer.flatten() for buffer in buffers]) for dtype, buffers in _by_dtype(model).items()
+            dtype: torch.cat([buffer.flatten() for buffer in buffers])
+            for dtype, buffers in _by_dtype(model, average).items()
         }
         self.random = torch.get_rng_state()
         self.scheduler = dict(scheduler.state_dict())
         rates = [group["lr"] for group in scheduler.optimizer.param_groups]
         self.rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
-    def restore(self, model: nn.Module, scheduler: Any) -> None:
-        for dtype, buffers in _by_dtype(model).items():
+    def restore(self, model: nn.Module, scheduler: Any, average: ModelAverage | None = None) -> None:
+        if average is not None:
+            average.updates = self.updates
+        for dtype, buffers in _by_dtype(model, average).items():
             parts = self.buffers[dtype].split([buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
@@ -121,8 +128,8 @@ def _is_finite(losses: dict[str, Tensor]) -> bool:
     return all(bool(loss.isfinite()) for loss in losses.values())
 
 
-def _by_dtype(model: nn.Module) -> dict[torch.dtype, list[Tensor]]:
+def _by_dtype(model: nn.Module, average: ModelAverage | None) -> dict[torch.dtype, list[Tensor]]:
     found: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in model.buffers():
+    for buffer in chain(model.buffers(), () if average is None else average.model.buffers()):
         found.setdefault(buffer.dtype, []).append(buffer)
     return found

@@ -25,6 +25,8 @@ class Losses(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        # The processes meet in each layer too, not only where gradients are summed.
+        self.synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
     def prepare(self, batch: Batch, device: torch.device) -> tuple[Any, ...]:
         """What `forward` takes, on `device`."""
@@ -38,11 +40,23 @@ class Losses(nn.Module):
     def forward(self, *prepared: Any) -> dict[str, Tensor]:
         if prepared:
             return self.compute(*prepared)
-        nothing = sum(parameter[:0].sum() for parameter in self.model.parameters() if parameter.requires_grad)
+        if self.synchronised:
+            nothing = self._of_no_images()
+        else:
+            nothing = sum(parameter[:0].sum() for parameter in self.model.parameters() if parameter.requires_grad)
         return {"classification": nothing, "bbox_regression": nothing}
 
     def compute(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return self.model(images, targets)
+
+    def _of_no_images(self) -> Tensor:
+        """Zero, from the whole network: synchronised normalisation takes part with a count of 0, in the order in which
+        the others do, forward and backward."""
+        weight = next(self.model.parameters())
+        # Its statistics travel in the type of an empty input, where the others' are float32.
+        with torch.autocast(weight.device.type, enabled=False):
+            outputs = self.model.head(self.model.backbone(weight.new_zeros((0, 3, 64, 64))))
+            return sum(level.sum() for levels in outputs for level in levels)
 
 
 class PackedLosses(Losses):

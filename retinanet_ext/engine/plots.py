@@ -10,6 +10,9 @@ from retinanet_ext.data.extras import require
 
 from .checkpoint import write_atomically
 
+# Losses that span more than this factor are drawn on a logarithmic axis.
+LOGARITHMIC = 4.0
+
 
 def plot_results(results_csv: Path, steps_csv: Path, path: Path) -> None:
     """Losses, foreground anchors, learning rate and validation of a run, from its csv files."""
@@ -37,11 +40,16 @@ def _plot_loss(axes, steps: dict[str, np.ndarray], epochs: dict[str, np.ndarray]
     if known.size:
         style = {"color": "black", "marker": "o", "markersize": 4, "linewidth": 1.2}
         axes.plot(epochs["step"][known], validation[known], label="validation", **style)
-    axes.set(title=f"{name} loss", xlabel="step", yscale="log")
-    ticker = require("matplotlib.ticker")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set(title=f"{name} loss", xlabel="step")
+    shown = np.concatenate([steps[name], validation])
+    shown = shown[shown > 0]
+    # Over a narrow range a logarithmic axis has one labelled tick or none.
+    if shown.size and shown.max() > LOGARITHMIC * shown.min():
+        ticker = require("matplotlib.ticker")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.legend(frameon=False)
 
 

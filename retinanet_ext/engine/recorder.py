@@ -1,6 +1,8 @@
 """What a run says and writes down while it goes on: the main process's part; the others' recorders do nothing."""
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +18,9 @@ from .plots_labels import plot_labels
 from .progress import Progress
 from .run_folder import RunFolder, StepLog, write_json
 from .sheets import with_pictures
+
+# Seconds from one results.png to the next while a run goes on: short epochs do not wait for a picture each.
+PLOT_INTERVAL = 60.0
 
 
 class EpochMeans:
@@ -51,6 +56,7 @@ class Recorder:
         self.events: EventLog | None = None  # the main process's
         self.broken: set[str] = set()
         self.kept: list[Problem] = []
+        self.plotted = time.monotonic()
 
     def begin(self, args: dict[str, Any], dataset: DetectionDataset) -> None:
         if self.world.is_main:
@@ -96,6 +102,8 @@ class Recorder:
             self.run.add_epoch(row)
             self.events.add_epoch(row)
             self.progress.write(_epoch_line(row, epochs))
+            if time.monotonic() - self.plotted >= PLOT_INTERVAL:
+                self._plot()
 
     def evaluation(self, result: Evaluation, dataset: DetectionDataset) -> None:
         if self.world.is_main:
@@ -104,7 +112,11 @@ class Recorder:
     def finish(self) -> None:
         if self.world.is_main:
             self.events.close()
-            plot_results(self.run.results, self.run.steps, self.run.root / "results.png")
+            self._plot()
+
+    def _plot(self) -> None:
+        self.plotted = time.monotonic()
+        plot_results(self.run.results, self.run.steps, self.run.root / "results.png")
 
     def write(self, text: str) -> None:
         """A line on standard output, above the bar."""
@@ -166,5 +178,5 @@ def _epoch_line(row: dict[str, Any], epochs: int) -> str:
         f"lr {row['lr']:.2e}  {row['mean_seconds_per_step']:.3f} s a step (mean)"
     )
     if "AP" in row:
-        line += f"  AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}"
+        line += "".join(f"  {name} {'-' if math.isnan(row[name]) else f'{row[name]:.3f}'}" for name in ("AP", "AP50"))
     return line

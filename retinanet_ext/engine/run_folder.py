@@ -148,10 +148,13 @@ class RunFolder:
         _append_row(self.results, EPOCH_COLUMNS, row)
 
     def add_problems(self, problems: Sequence[Problem]) -> None:
-        """Append to problems.txt; an empty file says that there were none."""
+        """Append to problems.txt what is not there yet, as of a run that was resumed; an empty file says that there
+        were none."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.problems, "a", encoding="utf-8") as stream:
-            stream.writelines(f"{problem}\n" for problem in problems)
+        with open(self.problems, "a+", encoding="utf-8") as stream:
+            stream.seek(0)
+            known = set(stream)
+            stream.writelines(line for line in dict.fromkeys(f"{p}\n" for p in problems) if line not in known)
 
     def write_evaluation(self, result: Evaluation, dataset: DetectionDataset) -> None:
         """metrics.json, per_class.csv, detections.json (COCO results) and the pictures of `draw_evaluation`."""

@@ -72,18 +72,22 @@ class Stepper:
         images = self.world.total(sum(len(batch.images) for batch in batches))
         if images == 0:
             return None
-        before = Before(self.model, self.scheduler)
+        if self.own_losses.synchronised and self.world.size > 1:
+            # Statistics of no image at all would not be finite.
+            batches = [batch for batch in batches if self.world.total(len(batch.images))]
+        before = Before(self.model, self.scheduler, self.average)
         rate = current_rate(self.scheduler)
         values = self._step(batches, images)
-        if self.device.type != "cpu" or not self.failed:
+        on_cpu = self.device.type == "cpu"
+        if not (on_cpu and self.failed):
             self.scheduler.step()
             if self.average is not None:
-                self.average.update(self.model)
+                self.average.update(self.model, None if on_cpu else self.failed)
         return Taken(values, rate, batches, before)
 
     def undo(self, taken: Taken) -> None:
         """Put back what a step has changed whose update was not made."""
-        taken.before.restore(self.model, self.scheduler)
+        taken.before.restore(self.model, self.scheduler, self.average)
         self.failed.zero_()
 
     def losses_in_float32(self, batch: Batch) -> dict[str, Tensor]:
@@ -105,8 +109,8 @@ class Stepper:
         values = torch.zeros(4, device=self.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            # The others wait for this process at the last of its batches only.
-            if not batch.images and (self.world.size == 1 or not last):
+            # The others wait for this process at the last of its batches only, or in every layer.
+            if not batch.images and (self.world.size == 1 or not (last or self.own_losses.synchronised)):
                 continue
             together = nullcontext() if last or self.world.size == 1 else self.losses.no_sync()
             with together:
