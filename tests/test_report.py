@@ -1,6 +1,6 @@
 """docs/performance.md is written by `python -m benchmarks.report` from the results files alone."""
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -11,12 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def report():
-    spec = importlib.util.spec_from_file_location("benchmarks.report", ROOT / "benchmarks" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)  # for this test alone: the package under test is the installed one
+    return importlib.import_module("benchmarks.report")
 
 
 @pytest.fixture
@@ -68,6 +66,24 @@ def test_a_page_that_is_not_current_is_an_error(report, monkeypatch, tmp_path, f
     assert text.startswith("Prose.\n\n<!-- cases")
     assert text.endswith("<!-- end -->\n\nMore.\n")
     assert "| `nms` 1000 | 0.5 | 2 (4×) | 0.25 (0.5×) |" in text
+
+
+def test_curves_are_drawn_from_the_results(report, folder):
+    points = []
+    for x, peer in ((10, 2.0), (100, None)):
+        timing = {"median": x / 10, "minimum": 1.0, "maximum": 1.0, "rounds": 9}
+        details = {"curve": "nms of N boxes", "axis": "boxes N", "x": x}
+        sides = {} if peer is None else {"torchvision": {**timing, "median": peer}}
+        skipped = {} if sides else {"torchvision": "left out beyond 10: seconds"}
+        points.append({"case": f"{x}", "ours": timing, "peers": sides, "skipped": skipped, "details": details})
+    content = json.loads((folder / "some-cpu.json").read_text())
+    (folder / "curves.json").write_text(json.dumps({**content, "results": points[::-1]}))
+    page = "<!-- scaling curves -->\n<!-- end -->\n"
+    text = report.fill(page, folder)
+    assert "![nms of N boxes](images/scaling-nms-of-n-boxes.png)\n\n- torchvision: left out beyond 10" in text
+    (drawn,) = report.draw(text, folder, folder / "images")
+    assert drawn == folder / "images" / "scaling-nms-of-n-boxes.png"
+    assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_in_the_order_of_the_patterns(report, folder):
