@@ -14,8 +14,9 @@ import torch
 
 # Of a whole test; a process that waits for one that has gone would wait for an hour.
 SECONDS = 100
-# A fork has imported everything already, but where CUDA was used it is of no use.
-START = "spawn" if torch.cuda.is_available() else "fork"
+# A fork has imported everything already. But autograd refuses to work in one whose parent has started its threads for
+# devices, which a build for CUDA has.
+START = "spawn" if torch.backends.cuda.is_built() else "fork"
 
 
 def _in_process(rank, size, port, pipe, function, arguments):
