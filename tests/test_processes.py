@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from operator_calls import OPERATORS, operator_calls
+from rank_processes import in_processes
 
 import retinanet_ext
 
@@ -73,7 +74,7 @@ def run_in_fork(work, seconds=30):
     return "hung"
 
 
-def fork_with_each_operator(pipe):
+def fork_with_each_operator():
     """How a forked process has ended, by the operator that it and its parent have called with several threads."""
     torch.set_num_threads(2)
     outcomes = {}
@@ -86,22 +87,14 @@ def fork_with_each_operator(pipe):
                 assert as_bytes(call.run()) == right
 
         outcomes[name] = run_in_fork(work)
-    pipe.send(outcomes)
+    return outcomes
 
 
 @pytest.fixture(scope="module")
 def outcomes_of_forks():
     """In a process of its own: autograd refuses to work in a fork of one that has started its threads for devices, as
     other tests have."""
-    context = multiprocessing.get_context("spawn")
-    end, other_end = context.Pipe(duplex=False)
-    process = context.Process(target=fork_with_each_operator, args=(other_end,))
-    process.start()
-    other_end.close()
-    try:
-        return end.recv()
-    finally:
-        process.join()
+    return in_processes(1, fork_with_each_operator, start="spawn")[0]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
