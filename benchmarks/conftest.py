@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peak_memory import peak_bytes
 
 import retinanet_ext
 
@@ -70,6 +71,7 @@ class Result:
     bytes: int  # the fewest the case can move: each input read once, each output written once
     special_ops: float  # special-function operations of our CUDA kernel; 0 where none is claimed
     copy_gb_per_s: float
+    peak_bytes: dict[str, int | None]  # by side: the most that a call holds at a time, beyond what was held before
     details: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -209,6 +211,7 @@ def compare(request, device, timed, copy_bandwidth):
             bytes=bytes,
             special_ops=special_ops,
             copy_gb_per_s=copy_bandwidth,
+            peak_bytes={name: peak_bytes(call, device) for name, call in {"ours": ours, **running}.items()},
             details=details,
         )
         request.config.stash[RESULTS].append(result)

@@ -7,10 +7,11 @@ The page holds blocks, whose first line says what belongs into them; everything 
 benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
 
     <!-- cases FILE: PATTERN, PATTERN ... -->     a row a case: ours, and each peer with its factor
+    <!-- memory FILE: PATTERN, PATTERN ... -->    a row a case: the most that a call of each side holds at a time
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- reference FILE -->                       train_vs_reference.py
-    <!-- evaluation FILE -->                     evaluation_speed.py
+    <!-- evaluation FILE -->                      evaluation_speed.py
     <!-- scaling FILE -->                         plots of bench_scaling.py, an image a curve
     ...
     <!-- end -->
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.util
 import json
 import math
 import re
@@ -98,22 +100,47 @@ def labelled(case: str) -> str:
     return f"`{operator}` {rest}"
 
 
-def cases(what: str, folder: Path) -> str:
+def listed(what: str, folder: Path) -> list[dict[str, Any]]:
+    """The cases that a block names."""
     name, _, patterns = what.partition(":")
     wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()] or ["*"]
-    results = chosen(read(name.strip(), folder), wanted, name)
+    return chosen(read(name.strip(), folder), wanted, name)
+
+
+def beside_ours(results: Sequence[dict[str, Any]], unit: str, figures: Callable[[dict[str, Any]], dict]) -> str:
+    """A row a case: `figures` of ours, and of each peer with its factor."""
     peers = list(dict.fromkeys(peer for result in results for peer in result["peers"]))
     rows = []
     for result in results:
-        own = result["ours"]["median"]
-        cells = [
-            f"{number(result['peers'][peer]['median'])} ({number(result['peers'][peer]['median'] / own)}×)"
-            if peer in result["peers"]
-            else ""
-            for peer in peers
-        ]
-        rows.append([labelled(result["case"]), number(own), *cells])
-    return table(["case, milliseconds", "ours", *peers], rows)
+        sides = figures(result)
+        own = sides["ours"]
+        cells = [number(own)]
+        for peer in peers:
+            value = sides.get(peer)
+            # A factor of what was too little to be counted would say nothing.
+            factor = f" ({number(value / own)}×)" if value is not None and own else ""
+            cells.append("" if value is None else number(value) + factor)
+        rows.append([labelled(result["case"]), *cells])
+    return table([f"case, {unit}", "ours", *peers], rows)
+
+
+def cases(what: str, folder: Path) -> str:
+    def medians(result: dict[str, Any]) -> dict[str, float]:
+        return {name: timing["median"] for name, timing in {"ours": result["ours"], **result["peers"]}.items()}
+
+    return beside_ours(listed(what, folder), "milliseconds", medians)
+
+
+def memory(what: str, folder: Path) -> str:
+    results = [result for result in listed(what, folder) if result.get("peak_bytes", {}).get("ours") is not None]
+    if not results:
+        raise ReportError(f"{what}: these results say nothing of memory")
+
+    def megabytes(result: dict[str, Any]) -> dict[str, float]:
+        """Whole ones: a process's pages are not counted exactly."""
+        return {name: round(count / 2**20) for name, count in result["peak_bytes"].items()}
+
+    return beside_ours(results, "MiB", megabytes)
 
 
 def machine(what: str, folder: Path) -> str:
@@ -215,6 +242,7 @@ def plot_file(title: str) -> str:
 
 KINDS: dict[str, Callable[[str, Path], str]] = {
     "cases": cases,
+    "memory": memory,
     "machine": machine,
     "training": training,
     "reference": reference,
@@ -243,6 +271,8 @@ def draw(page: str, folder: Path, images: Path) -> list[Path]:
     """The plots that the page shows."""
     from .report_plots import curves, draw_curve
 
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ReportError("matplotlib, which draws the plots, is not installed: pip install matplotlib")
     drawn = []
     for match in BLOCK.finditer(page):
         if match["kind"] != "scaling":

@@ -14,9 +14,12 @@ from retinanet_ext.engine.anchor_report import (
     best_overlaps,
     coverage_table,
     propose_anchors,
+    report_anchors,
     resized_boxes,
 )
-from retinanet_ext.models import retinanet_resnet18_fpn
+from retinanet_ext.engine.checkpoint import build_model
+from retinanet_ext.engine.config import TrainConfig
+from retinanet_ext.models.config import PRESETS
 from retinanet_ext.reference import box_iou
 
 DEFAULT = Anchors((32, 64, 128, 256, 512), (0.5, 1.0, 2.0))
@@ -34,16 +37,28 @@ def dataset_of(sides, size=(300, 400), labels=None, ignore=None, seed=0):
 
 
 @pytest.mark.parametrize("size", [(300, 400), (333, 211), (97, 500)])
-@pytest.mark.parametrize("anchors", [DEFAULT, Anchors((10, 25, 50, 110, 200), (0.7, 1.5))])
+@pytest.mark.parametrize(
+    "anchors",
+    [
+        DEFAULT,
+        Anchors((10, 25, 50, 110, 200), (0.7, 1.5)),
+        *(Anchors((10, 25, 50, 110, 200), (0.7, 1.5), preset) for preset in PRESETS),
+    ],
+)
 def test_the_best_anchor_is_that_of_all_the_models_anchors(size, anchors):
     rng = np.random.default_rng(1)
     dataset = dataset_of(np.exp(rng.uniform(1.5, 4.4, (40, 2))), size)
     boxes = resized_boxes(dataset, 160, 256)
-    from retinanet_ext.engine.config import octaves
-
-    model = retinanet_resnet18_fpn(
-        2, min_size=160, max_size=256, anchor_sizes=octaves(anchors.sizes), aspect_ratios=anchors.ratios
-    ).eval()
+    settings = TrainConfig(
+        "",
+        arch="resnet18",
+        preset=anchors.preset,
+        min_size=(160,),
+        max_size=256,
+        anchor_sizes=anchors.sizes,
+        aspect_ratios=anchors.ratios,
+    )
+    model = build_model(settings.model_config(num_classes=2)).eval()
     caught = []
     model.anchor_generator.register_forward_hook(lambda module, inputs, output: caught.append(output))
     with torch.no_grad():
@@ -129,10 +144,11 @@ def test_the_command_reports_and_says_how_to_train(tmp_path, capsys):
     sizes, ratios = command.split("--anchor-sizes ")[1].split(" --aspect-ratios ")
     assert main([*argv, "--anchor-sizes", *sizes.split(), "--aspect-ratios", *ratios.split()]) == 0
     assert "keep them" in capsys.readouterr().out
+    assert main([*argv, "--preset", "paper"]) == 0
+    assert f"next: retinanet-ext train {data} --min-size 64 --max-size 64 --preset paper --anchor-s" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_set_without_objects_has_nothing_to_cover(capsys):
-    from retinanet_ext.engine.anchor_report import report_anchors
-    from retinanet_ext.engine.config import TrainConfig
-
     assert "nothing to cover" in report_anchors(dataset_of(np.zeros((0, 2))), TrainConfig("x"))

@@ -1,6 +1,6 @@
 """docs/performance.md is written by `python -m benchmarks.report` from the results files alone."""
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -86,6 +86,12 @@ def test_curves_are_drawn_from_the_results(report, folder):
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+def test_plots_without_matplotlib(report, folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(report.ReportError, match="pip install matplotlib"):
+        report.draw("", folder, folder / "images")
+
+
 def test_rows_in_the_order_of_the_patterns(report, folder):
     text = report.cases("some-cpu: detect*, nms*", folder)
     header, _, *rows = text.splitlines()
@@ -95,6 +101,18 @@ def test_rows_in_the_order_of_the_patterns(report, folder):
         "| `nms` 1000 | 0.5 | 2 (4×) | 0.25 (0.5×) |",
         "| `nms` 5000 | 0.0000123 | 1234 (100000000×) |  |",
     ]
+
+
+def test_memory_in_whole_megabytes(report, folder):
+    content = json.loads((folder / "some-cpu.json").read_text())
+    for result, own in zip(content["results"], (3 << 20, 9, None), strict=True):
+        result["peak_bytes"] = {"ours": own, **dict.fromkeys(result["peers"], 48 << 20)}
+    (folder / "some-cpu.json").write_text(json.dumps(content))
+    header, _, *rows = report.memory("some-cpu: nms*, detect*", folder).splitlines()
+    assert header == "| case, MiB | ours | torchvision | compiled |"
+    assert rows == ["| `nms` 1000 | 3 | 48 (16×) | 48 (16×) |", "| `nms` 5000 | 0 | 48 |  |"]
+    with pytest.raises(report.ReportError, match="detect\\*: these results say nothing of memory"):
+        report.memory("some-cpu: detect*", folder)
 
 
 def test_the_machine_and_the_day_stand_with_the_figures(report, folder):
@@ -109,7 +127,7 @@ def test_the_machine_and_the_day_stand_with_the_figures(report, folder):
     [
         ("<!-- cases other: nms* -->\n<!-- end -->\n", "other.json: there is no such results file"),
         ("<!-- cases some-cpu: focal* -->\n<!-- end -->\n", "no case matches 'focal\\*'"),
-        ("<!-- chart some-cpu -->\n<!-- end -->\n", "expected one of cases, machine"),
+        ("<!-- chart some-cpu -->\n<!-- end -->\n", "expected one of cases, memory, machine"),
         ("<!-- cases some-cpu: nms* -->\n", "1 blocks begin, and 0 end"),
     ],
 )

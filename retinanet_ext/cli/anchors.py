@@ -1,5 +1,7 @@
 """`retinanet-ext anchors`: which boxes the anchors cover, and better anchors."""
 
+from retinanet_ext.models import PRESETS
+
 from .options import DATA_HELP, add_anchors, new_command
 
 
@@ -26,6 +28,11 @@ def add_parser(commands) -> None:
     )
     command.add_argument(
         "--max-size", type=int, default=1333, metavar="PX", help="limit of the longer side (default: 1333)"
+    )
+    command.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="whose rounding, strides and centres the anchors have, see docs/models.md (default: torchvision's)",
     )
     add_anchors(command)
     command.set_defaults(anchor_sizes=[32, 64, 128, 256, 512], aspect_ratios=[0.5, 1.0, 2.0])

@@ -7,14 +7,14 @@ its best anchor alone, if that reaches anything at all. Only boxes matter, so no
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from retinanet_ext.data import DetectionDataset
-from retinanet_ext.models.anchors import cell_anchors
+from retinanet_ext.models.anchors import AnchorGenerator
 
-from .config import TrainConfig, octaves
+from .config import TrainConfig
 
 STRIDES = (8, 16, 32, 64, 128)
 # COCO's limits between small, medium and large, as sides of squares in pixels of the original image.
@@ -41,14 +41,28 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Anchors:
-    """What `train` takes: the smallest size of each of the five levels, and height / width."""
+    """What `train` takes: the smallest size of each of the five levels, height / width, and whose conventions."""
 
     sizes: tuple[float, ...]
     ratios: tuple[float, ...]
+    preset: str | None = None
 
     def options(self) -> str:
+        preset = "" if self.preset is None else f"--preset {self.preset} "
         sizes, ratios = (" ".join(f"{value:g}" for value in values) for values in (self.sizes, self.ratios))
-        return f"--anchor-sizes {sizes} --aspect-ratios {ratios}"
+        return f"{preset}--anchor-sizes {sizes} --aspect-ratios {ratios}"
+
+    def generator(self) -> AnchorGenerator:
+        """That of the model that `train` builds."""
+        settings = TrainConfig("", preset=self.preset, anchor_sizes=self.sizes, aspect_ratios=self.ratios)
+        config = settings.model_config(num_classes=1)
+        return AnchorGenerator(
+            config["anchor_sizes"],
+            config["aspect_ratios"],
+            strides=config["anchor_strides"],
+            rounding=config["anchor_rounding"],
+            offset=config["anchor_offset"],
+        )
 
 
 def resized_boxes(dataset: DetectionDataset, min_size: int, max_size: int) -> Boxes:
@@ -74,12 +88,14 @@ def best_overlaps(boxes: Boxes, anchors: Anchors) -> np.ndarray:
     best = np.zeros(len(boxes.xyxy))
     centres = (boxes.xyxy[:, :2] + boxes.xyxy[:, 2:]) / 2
     area = (boxes.xyxy[:, 2:] - boxes.xyxy[:, :2]).prod(axis=1)
-    for level, sizes in zip(STRIDES, octaves(anchors.sizes), strict=True):
-        # As the generator lays them out: the stride is the input's side divided by the grid's, rounded down.
+    generator = anchors.generator()
+    for index, (level, shapes) in enumerate(zip(STRIDES, generator.cell_anchors(), strict=True)):
+        # As the generator lays them out: without strides of its own, the input's side divided by the grid's.
         grid = -(-boxes.padded[:, ::-1] // level)
-        stride = boxes.padded[:, ::-1] // grid
-        cell = np.clip(np.round(centres / stride), 0, grid - 1) * stride
-        for shape in cell_anchors(sizes, anchors.ratios).double().numpy():
+        stride = boxes.padded[:, ::-1] // grid if generator.strides is None else generator.strides[index]
+        nearest = np.clip(np.round(centres / stride - generator.offset), 0, grid - 1)
+        cell = (nearest + generator.offset) * stride
+        for shape in shapes.double().numpy():
             anchor = np.concatenate([cell, cell], axis=1) + shape
             low = np.maximum(anchor[:, :2], boxes.xyxy[:, :2])
             high = np.minimum(anchor[:, 2:], boxes.xyxy[:, 2:])
@@ -111,7 +127,10 @@ def propose_anchors(boxes: Boxes, current: Anchors, threshold: float = 0.5) -> A
     sides = boxes.xyxy[:, 2:] - boxes.xyxy[:, :2]
     choices = _ratio_choices(np.log(sides[:, 1] / sides[:, 0]), current.ratios)
     starts = [4.0 * 2 ** (step / 3) for step in range(16)]
-    tried = [current, *(Anchors(_rounded(s * 2.0**i for i in range(5)), r) for s in starts for r in choices)]
+    tried = [
+        current,
+        *(replace(current, sizes=_rounded(s * 2.0**i for i in range(5)), ratios=r) for s in starts for r in choices),
+    ]
     scores = [score(anchors) for anchors in tried]
     first = max(range(len(tried)), key=lambda index: scores[index][0])
     best, reached = tried[first], scores[first]
@@ -122,7 +141,7 @@ def propose_anchors(boxes: Boxes, current: Anchors, threshold: float = 0.5) -> A
             for factor in (0.8, 0.9, 1.1, 1.25):
                 sizes = list(best.sizes)
                 sizes[level] *= factor
-                candidate = Anchors(_rounded(sorted(sizes)), best.ratios)
+                candidate = replace(best, sizes=_rounded(sorted(sizes)))
                 if min(candidate.sizes) >= 4 and (value := score(candidate))[0] > reached[0] + 1e-3:
                     best, reached, improved = candidate, value, True
     return best if reached[1] - scores[0][1] >= _WORTHWHILE else None
@@ -167,7 +186,7 @@ def coverage_table(boxes: Boxes, overlaps: np.ndarray, class_names: Sequence[str
 
 def report_anchors(dataset: DetectionDataset, config: TrainConfig) -> str:
     """What `retinanet-ext anchors` prints: the coverage of the configured anchors, and of better ones if there are."""
-    current = Anchors(config.anchor_sizes, config.aspect_ratios)
+    current = Anchors(config.anchor_sizes, config.aspect_ratios, config.preset)
     boxes = resized_boxes(dataset, config.min_size[-1], config.max_size)
     resized = f"images resized to {config.min_size[-1]}, at most {config.max_size}"
     names = dataset.class_names

@@ -185,6 +185,7 @@ def run_anchors(arguments: argparse.Namespace) -> int:
     config = TrainConfig(
         arguments.data,
         images=arguments.images,
+        preset=arguments.preset,
         min_size=(arguments.min_size,),
         max_size=arguments.max_size,
         anchor_sizes=tuple(arguments.anchor_sizes),

@@ -4,11 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from retinanet_ext.models import RetinaNet
-from retinanet_ext.models.targets import check_images, check_targets
 
 NAMES = ("classification", "bbox_regression", "total")
 
@@ -27,21 +25,10 @@ def detect_with_losses(
     """
     if not isinstance(model, RetinaNet):
         return model(images), {}
-    images = check_images(images)
     wanted = ("boxes", "labels", "ignore")
-    moved = [{name: target[name].to(images[0].device) for name in wanted if name in target} for target in targets]
-    check_targets(moved, images, model.num_classes)
-    batch = model.transform(images)
-    features = model.backbone(batch.tensor)
-    cls_logits, box_deltas = model.head(features)
-    anchors = model.anchor_generator(
-        tuple(batch.tensor.shape[-2:]),
-        [tuple(level.shape[-2:]) for level in features],
-        batch.tensor.device,
-        torch.promote_types(batch.tensor.dtype, torch.float32),
-    )
-    losses = model._losses(cls_logits, box_deltas, anchors, batch, moved)
-    return model._detections(cls_logits, box_deltas, anchors, batch), losses
+    device = images[0].device
+    moved = [{name: target[name].to(device) for name in wanted if name in target} for target in targets]
+    return model.detections_and_losses(images, moved)
 
 
 class MeanLosses:

@@ -161,8 +161,31 @@ class RetinaNet(nn.Module):
                 are not looked at, only their types and shapes).
         """
         images = check_images(images)
-        if self.training:
-            targets = check_targets(targets, images, self.num_classes)
+        if not self.training:
+            return self._detections(*self._outputs(images))
+        targets = check_targets(targets, images, self.num_classes)
+        return self._losses(*self._outputs(images), targets)
+
+    def detections_and_losses(
+        self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """The detections of a batch and its losses, by one pass through the network; for validation.
+
+        In evaluation mode normalisation layers use what they have learned, so that an image's losses do not depend on
+        the others of the batch.
+
+        Args, errors: as `forward` has them in training mode.
+
+        Returns:
+            what `forward` returns in evaluation mode, and what it returns in training mode.
+        """
+        images = check_images(images)
+        targets = check_targets(targets, images, self.num_classes)
+        outputs = self._outputs(images)
+        return self._detections(*outputs), self._losses(*outputs, targets)
+
+    def _outputs(self, images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, ImageBatch]:
+        """Class logits and box deltas a level, the anchors, and the batch as the network sees it."""
         batch = self.transform(images)
         features = self.backbone(batch.tensor)
         cls_logits, box_deltas = self.head(features)
@@ -172,9 +195,7 @@ class RetinaNet(nn.Module):
             batch.tensor.device,
             torch.promote_types(batch.tensor.dtype, torch.float32),
         )
-        if self.training:
-            return self._losses(cls_logits, box_deltas, anchors, batch, targets)
-        return self._detections(cls_logits, box_deltas, anchors, batch)
+        return cls_logits, box_deltas, anchors, batch
 
     def _losses(
         self,

@@ -1,0 +1,164 @@
+"""A whole training step and a whole inference of a ResNet-50 RetinaNet, beside torchvision's.
+
+Both sides start from the same weights. A step is resize, forward, losses, backward and the update by SGD, by each side
+in turn. In inference the class scores are spread as a trained detector's are on a busy image: about one in
+60 logits passes the threshold. "model" is this library's RetinaNet, "accelerate" is torchvision's own after
+`retinanet_ext.accelerate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+import retinanet_ext
+from retinanet_ext.models import retinanet_resnet50_fpn
+
+K, BOXES = 91, 8
+# Image as the user has it (the network sees it resized to 800 pixels), batch.
+CASES = {"480x640 B=1": ((480, 640), 1), "480x640 B=8": ((480, 640), 8)}
+SMOKE, SMOKE_SIZE = ((48, 64), 1), 64
+PRECISIONS = {"float32": torch.float32, "bfloat16 autocast": torch.bfloat16}
+MISSING = importlib.util.find_spec("torchvision") is None
+
+pytestmark = pytest.mark.skipif(MISSING, reason="torchvision, the peer, is not installed")
+
+
+@pytest.fixture(params=CASES)
+def case(request, device):
+    if device.type == "cpu" and CASES[request.param][1] > 1:
+        pytest.skip("on a CPU a step takes minutes")
+    return request.param
+
+
+def make_models(side, device, timed):
+    """Ours and torchvision's, with the same weights, channels_last."""
+    from torchvision.models.detection import retinanet_resnet50_fpn as torchvision_retinanet
+
+    torch.manual_seed(0)
+    sizes = {} if timed else {"min_size": SMOKE_SIZE, "max_size": SMOKE_SIZE}
+    theirs = torchvision_retinanet(weights=None, weights_backbone=None, **sizes)
+    if side == "accelerate":
+        ours = retinanet_ext.accelerate(copy.deepcopy(theirs))
+    else:
+        ours = retinanet_resnet50_fpn(num_classes=K, **sizes)
+        ours.load_state_dict(theirs.state_dict())
+    return [model.to(device, memory_format=torch.channels_last) for model in (ours, theirs)]
+
+
+def make_inputs(case, device):
+    (height, width), batch = case
+    generator = torch.Generator(device).manual_seed(0)
+    limit = torch.tensor([width, height], device=device)
+
+    def rand(*shape):
+        return torch.rand(shape, generator=generator, device=device)
+
+    images = [rand(3, height, width) for _ in range(batch)]
+    corners = [rand(BOXES, 2) * limit * 0.7 for _ in images]
+    targets = [
+        {
+            "boxes": torch.cat([corner, corner + (0.05 + 0.25 * rand(BOXES, 2)) * limit], dim=1),
+            "labels": torch.randint(0, K, (BOXES,), generator=generator, device=device),
+        }
+        for corner in corners
+    ]
+    return images, targets
+
+
+def training_step(model, images, targets, precision):
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(images[0].device.type, dtype=precision, enabled=precision != torch.float32):
+            losses = model(images, targets)
+            total = losses["classification"] + losses["bbox_regression"]
+        total.backward()
+        optimizer.step()
+        return total.detach()
+
+    return step
+
+
+def imitate_training(model, images):
+    """BatchNorm with statistics of its inputs, and class scores spread as a trained detector's."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    logits = []
+    convolution = model.head.classification_head.cls_logits
+    hook = convolution.register_forward_hook(lambda _module, _inputs, output: logits.append(output))
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = 1.0  # what the next pass sees
+        features = model.backbone.train()(model.transform(images)[0].tensors)
+        model.head(list(features.values()))
+        spread = torch.cat([level.flatten() for level in logits]).float()
+        convolution.weight.mul_(1.2 / (spread - convolution.bias.mean()).std())
+        convolution.bias.fill_(-5.5)
+    hook.remove()
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+def facts(model, images):
+    """What the step reads at the least: the images and the weights."""
+    tensors = [*images, *model.parameters()]
+    return {
+        "elements": sum(image.numel() for image in images),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "images": len(images),
+    }
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("side", ["model", "accelerate"])
+def test_training_step(compare, device, timed, case, side, precision):
+    ours, theirs = make_models(side, device, timed)
+    images, targets = make_inputs(CASES[case] if timed else SMOKE, device)
+    compare(
+        f"training step {side} {case if timed else 'smoke'} {precision}",
+        training_step(ours, images, targets, PRECISIONS[precision]),
+        {"torchvision": training_step(theirs, images, targets, PRECISIONS[precision])},
+        lambda mine, its: torch.testing.assert_close(mine, its, rtol=1e-4 if precision == "float32" else 0.02, atol=0),
+        dtype=precision,
+        **facts(theirs, images),
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("side", ["model", "accelerate"])
+def test_inference(compare, device, timed, case, side, precision):
+    ours, theirs = make_models(side, device, timed)
+    images, _ = make_inputs(CASES[case] if timed else SMOKE, device)
+    imitate_training(theirs, images)
+    ours.load_state_dict(theirs.state_dict())
+    dtype = PRECISIONS[precision]
+
+    def detections(model):
+        model.eval()
+
+        def call():
+            with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                return model(images)
+
+        return call
+
+    def agree(mine, its):
+        """By the best scores: where some are nearly equal, rounding decides which of them suppresses the other."""
+        for one, other in zip(mine, its, strict=True):
+            best, others = (detections["scores"][:20].float() for detections in (one, other))
+            torch.testing.assert_close(best, others, rtol=1e-3 if precision == "float32" else 0.05, atol=0)
+
+    compare(
+        f"inference {side} {case if timed else 'smoke'} {precision}",
+        detections(ours),
+        {"torchvision": detections(theirs)},
+        agree,
+        dtype=precision,
+        **facts(theirs, images),
+    )
