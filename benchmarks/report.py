@@ -11,6 +11,7 @@ benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- reference FILE -->                       train_vs_reference.py
+    <!-- profile FILE -->                         profile_step.py
     <!-- evaluation FILE -->                      evaluation_speed.py
     <!-- scaling FILE -->                         plots of bench_scaling.py, an image a curve
     ...
@@ -153,10 +154,11 @@ def machine(what: str, folder: Path) -> str:
     device = f"{facts['gpu']}, driver {facts['driver']}" if "gpu" in facts else facts["processor"]
     threads = facts["torch_threads"]
     commit = f"commit {facts['commit'][:9]}{' with changes' if facts['uncommitted_changes'] else ''}"
-    rounds = [result["ours"]["rounds"] for result in report["results"]]
+    rounds = [result["ours"]["rounds"] for result in report["results"]] if "results" in report else [report["rounds"]]
+    counted = f"{min(rounds)} to {max(rounds)}" if len(rounds) > 1 else f"{rounds[0]}"
     return (
         f"{device}; {facts['processors']} cores, {threads} thread{'s' if threads > 1 else ''}; {', '.join(versions)}; "
-        f"{report['date'][:10]}, {commit}; medians of {min(rounds)} to {max(rounds)} rounds, the sides in turns; "
+        f"{report['date'][:10]}, {commit}; medians of {counted} rounds, the sides in turns; "
         f"{link(name)}.\n"
     )
 
@@ -214,6 +216,17 @@ def reference(what: str, folder: Path) -> str:
     return table(["", "operators", "plain PyTorch"], rows)
 
 
+def profile(what: str, folder: Path) -> str:
+    """A table of the parts of a training step, and one of those of an inference."""
+    report = read(what.strip(), folder)
+
+    def parts(title: str, sides: dict[str, dict[str, float]]) -> str:
+        rows = [[part, *(number(times[part]) for times in sides.values())] for part in next(iter(sides.values()))]
+        return table([f"{title}, milliseconds", *sides], rows)
+
+    return parts("training step", report["training"]) + "\n" + parts("inference", report["inference"])
+
+
 def evaluation(what: str, folder: Path) -> str:
     report = read(what.strip(), folder)
     sides = [(f"`{name}`", report[name]) for name in ("score_detections", "match_detections")]
@@ -246,6 +259,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "machine": machine,
     "training": training,
     "reference": reference,
+    "profile": profile,
     "evaluation": evaluation,
     "scaling": scaling,
 }

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import faulthandler
-import importlib.util
 import multiprocessing
 import os
 import pickle
 import socket
-import sys
 import traceback
 from multiprocessing import connection
 
 import torch
+from started_anew import load, place_of
 
 # Of a whole test; a process that waits for one that has gone would wait for an hour.
 SECONDS = 100
 # A fork has imported everything already. But autograd refuses to work in one whose parent has started its threads for
 # devices, which a build for CUDA has.
 START = "spawn" if torch.backends.cuda.is_built() else "fork"
-
-
-def _load(module_name, file, name):
-    """A function of a test file, which a process that was started anew cannot import by its name."""
-    module = sys.modules.get(module_name)
-    if module is None:
-        spec = importlib.util.spec_from_file_location(module_name, file)
-        module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return getattr(module, name)
 
 
 def _in_process(rank, size, port, pipe, function, arguments):
@@ -43,7 +32,7 @@ def _in_process(rank, size, port, pipe, function, arguments):
         MASTER_PORT=str(port),
     )
     try:
-        pipe.send_bytes(pickle.dumps((True, _load(*function)(*arguments))))  # by value: this process is soon gone
+        pipe.send_bytes(pickle.dumps((True, load(*function)(*arguments))))  # by value: this process is soon gone
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         raise SystemExit(1) from None
@@ -53,7 +42,7 @@ def in_processes(size, function, *arguments, start=START):
     """What ``function(*arguments)`` returns in each of ``size`` processes, by rank; their errors fail the test.
     ``function`` is a module's own, by its name."""
     context = multiprocessing.get_context(start)
-    function = (function.__module__, function.__code__.co_filename, function.__name__)
+    function = place_of(function)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from started_anew import on_instruction_sets
 
 import retinanet_ext
 from retinanet_ext import assign_targets, match_anchors, reference
@@ -133,17 +134,6 @@ def test_any_number_of_threads(num_threads):
             assert_same(other, results[0])
 
 
-PROGRAM = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_anchor_match_operators import pyramid_anchors, whole_boxes
-from retinanet_ext import match_anchors
-boxes = [whole_boxes(90), whole_boxes(7, seed=1) + 0.3]
-results = [match_anchors(pyramid_anchors().to(d), [b.to(d) for b in boxes]) for d in (torch.float32, torch.float64)]
-torch.save(results, sys.argv[2])
-"""
-
-
 def run_python(folder, program, *arguments, **environment):
     """What the program prints, run in `folder`: in a checkout it would find a package that is not built."""
     environment = {**os.environ, "PYTHONPATH": str(Path(retinanet_ext.__file__).parents[1]), **environment}
@@ -152,12 +142,18 @@ def run_python(folder, program, *arguments, **environment):
     return run.stdout
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
+def matched_in_both_types():
     boxes = [whole_boxes(90), whole_boxes(7, seed=1) + 0.3]
-    run_python(tmp_path, PROGRAM, Path(__file__).parent, tmp_path / "matched.pt", RETINANET_EXT_CPU_ISA=isa)
-    for dtype, result in zip((torch.float32, torch.float64), torch.load(tmp_path / "matched.pt"), strict=True):
-        assert torch.equal(result, match_anchors(pyramid_anchors().to(dtype), [image.to(dtype) for image in boxes]))
+    return [
+        match_anchors(pyramid_anchors().to(dtype), [image.to(dtype) for image in boxes])
+        for dtype in (torch.float32, torch.float64)
+    ]
+
+
+def test_every_instruction_set_gives_the_same_bits(tmp_path):
+    expected = matched_in_both_types()
+    for isa, results in on_instruction_sets(matched_in_both_types, tmp_path).items():
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), isa
 
 
 PEAK = """

@@ -2,15 +2,11 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from started_anew import on_instruction_sets
 
-import retinanet_ext
 from retinanet_ext import decode_boxes, encode_boxes, reference
 
 OPS = torch.ops.retinanet_ext
@@ -124,14 +120,6 @@ def test_coder_of_shapes_that_broadcast(function, shapes):
     assert same_bits(function(values, anchors), expected)
 
 
-PROGRAM = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_box_coder import coded
-torch.save(coded(), sys.argv[2])
-"""
-
-
 def coded():
     """Results and gradients of all types."""
     results = []
@@ -144,14 +132,10 @@ def coded():
     return results
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_coder_of_every_instruction_set(isa, tmp_path):
-    package = Path(retinanet_ext.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(package), "RETINANET_EXT_CPU_ISA": isa}
-    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(tmp_path / "coded.pt")]
-    subprocess.run(command, env=environment, check=True, cwd=tmp_path)  # not in a checkout, whose package is not built
-    for one, other in zip(torch.load(tmp_path / "coded.pt"), coded(), strict=True):
-        assert same_bits(one, other)
+def test_coder_of_every_instruction_set(tmp_path):
+    expected = coded()
+    for isa, results in on_instruction_sets(coded, tmp_path).items():
+        assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True)), isa
 
 
 def test_coder_by_its_formula():

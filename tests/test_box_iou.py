@@ -1,16 +1,11 @@
 """box_iou against its reference and torchvision."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from started_anew import on_instruction_sets
 
-import retinanet_ext
 from retinanet_ext import box_iou, reference
 
 OPS = torch.ops.retinanet_ext
@@ -143,29 +138,22 @@ def test_box_iou_of_any_number_of_threads(num_threads):
         assert all(same_bits(result, results[0]) for result in results)
 
 
-PROGRAM = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_box_iou import random_boxes
-from retinanet_ext import box_iou
-boxes = [(random_boxes(40, seed=1, dtype=d), random_boxes(n, seed=2, dtype=d))
-         for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16) for n in (9, 70)]
-torch.save([(*pair, [box_iou(*pair, fmt) for fmt in ("xyxy", "xywh", "cxcywh")]) for pair in boxes], sys.argv[2])
-"""
+def pairs_of_all_types():
+    return [
+        (random_boxes(40, seed=1, dtype=dtype), random_boxes(count, seed=2, dtype=dtype))
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        for count in (9, 70)
+    ]
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_box_iou_of_every_instruction_set(isa, tmp_path):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(retinanet_ext.__file__).parents[1]),
-        "RETINANET_EXT_CPU_ISA": isa,
-    }
-    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(tmp_path / "iou.pt")]
-    subprocess.run(command, env=environment, check=True, cwd=tmp_path)  # not in a checkout, whose package is not built
-    for boxes1, boxes2, results in torch.load(tmp_path / "iou.pt"):
-        for fmt, result in zip(FORMATS, results, strict=True):
-            assert same_bits(result, reference.box_iou(boxes1, boxes2, fmt))
+def overlaps_in_all_formats():
+    return [box_iou(*pair, fmt) for pair in pairs_of_all_types() for fmt in FORMATS]
+
+
+def test_box_iou_of_every_instruction_set(tmp_path):
+    expected = [reference.box_iou(*pair, fmt) for pair in pairs_of_all_types() for fmt in FORMATS]
+    for isa, results in on_instruction_sets(overlaps_in_all_formats, tmp_path).items():
+        assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True)), isa
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,11 @@
 """sigmoid_focal_loss at the edges of its numbers, and the same bits for every thread count, run and position."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from started_anew import INSTRUCTION_SETS, on_instruction_sets
 
-import retinanet_ext
 from retinanet_ext import reference, sigmoid_focal_loss
 
 HUGE = [3e38, 3.4e38, 1e30, 1e5, 800.0, 104.0, 88.8, 22.0, 1e-20, 1e-45, 0.0]
@@ -164,41 +160,28 @@ def test_same_bits_wherever_an_element_lies():
                 assert (bits(result) == bits(one)).all()
 
 
-# The instruction set is chosen once, at the first call: so a process forks for each, torch imported and no more.
-PROGRAM = """
-import os, sys, torch
-from retinanet_ext import sigmoid_focal_loss
-
-def compute(path):
-    torch.manual_seed(0)
+def losses_and_gradients():
     inputs = (torch.randn(301, 37) * 20).requires_grad_()
     targets = torch.randint(-2, 38, (301,))
     results = []
     for x, t, options in (
-        (inputs, targets, {}), (inputs, targets, {"gamma": 1.5}), (inputs, targets, {"label_smoothing": 0.1}),
-        (inputs, targets, {"reduction": "sum"}), (inputs, torch.rand(301, 37), {"gamma": 0.5}),
-        (inputs.bfloat16(), targets, {}), (inputs.half(), targets, {"alpha": torch.rand(37)}),
+        (inputs, targets, {}),
+        (inputs, targets, {"gamma": 1.5}),
+        (inputs, targets, {"label_smoothing": 0.1}),
+        (inputs, targets, {"reduction": "sum"}),
+        (inputs, torch.rand(301, 37), {"gamma": 0.5}),
+        (inputs.bfloat16(), targets, {}),
+        (inputs.half(), targets, {"alpha": torch.rand(37)}),
     ):
         loss = sigmoid_focal_loss(x, t, **options)
         results += [loss.detach(), *torch.autograd.grad(loss.sum(), inputs)]
-    torch.save(results, path)
-
-for isa in sys.argv[2:]:
-    if os.fork() == 0:
-        if isa != "default":
-            os.environ["RETINANET_EXT_CPU_ISA"] = isa
-        compute(f"{sys.argv[1]}/{isa}.pt")
-        os._exit(0)
-    assert os.wait()[1] == 0
-"""
+    return results
 
 
-def test_every_instruction_set_agrees(tmp_path):
-    names = ("baseline", "avx2", "avx512", "nonsense", "default")
-    environment = {k: v for k, v in os.environ.items() if k != "RETINANET_EXT_CPU_ISA"}
-    environment |= {"PYTHONPATH": str(Path(retinanet_ext.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", PROGRAM, tmp_path, *names], env=environment, check=True, cwd=tmp_path)
-    results = {isa: torch.load(tmp_path / f"{isa}.pt") for isa in names}
+def test_every_instruction_set_agrees(tmp_path, monkeypatch):
+    monkeypatch.delenv("RETINANET_EXT_CPU_ISA", raising=False)
+    results = on_instruction_sets(losses_and_gradients, tmp_path, (*INSTRUCTION_SETS, "nonsense"))
+    results["default"] = losses_and_gradients()
     for isa, tensors in results.items():
         for result, expected in zip(tensors, results["baseline"], strict=True):
             # Each is within 2e-5 of the truth; fused multiply-adds tell them apart, and halves may round otherwise.

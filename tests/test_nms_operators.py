@@ -1,15 +1,10 @@
 """The compiled nms, batched_nms and batched_nms_padded at sizes where tiles, labels and threads matter: against the
 reference and torchvision; any instruction set; registrations; raw arguments."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from started_anew import on_instruction_sets
 
-import retinanet_ext
 from retinanet_ext import batched_nms, batched_nms_padded, nms, reference
 
 OPS = torch.ops.retinanet_ext
@@ -104,23 +99,14 @@ def test_any_number_of_threads(num_threads):
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
-PROGRAM = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_nms_operators import clustered
-from retinanet_ext import nms
-torch.save([nms(*clustered(1500, dtype=dtype), 0.45) for dtype in (torch.float32, torch.float64)], sys.argv[2])
-"""
+def kept_in_both_types():
+    return [nms(*clustered(1500, dtype=dtype), 0.45) for dtype in (torch.float32, torch.float64)]
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set_keeps_the_same(isa, tmp_path):
-    path = str(Path(retinanet_ext.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": path, "RETINANET_EXT_CPU_ISA": isa}
-    command = [sys.executable, "-c", PROGRAM, Path(__file__).parent, tmp_path / "kept.pt"]
-    subprocess.run(command, env=environment, check=True, cwd=tmp_path)  # not in a checkout, whose package is not built
-    for dtype, kept in zip((torch.float32, torch.float64), torch.load(tmp_path / "kept.pt"), strict=True):
-        assert torch.equal(kept, nms(*clustered(1500, dtype=dtype), 0.45))
+def test_every_instruction_set_keeps_the_same(tmp_path):
+    expected = kept_in_both_types()
+    for isa, results in on_instruction_sets(kept_in_both_types, tmp_path).items():
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), isa
 
 
 def test_opcheck():

@@ -136,6 +136,18 @@ def test_errors(report, folder, page, message):
         report.fill(page, folder)
 
 
+def test_the_parts_of_a_step(report, folder):
+    sides = {"ours": {"subnets": 12.5, "all": 100.0}, "torchvision": {"subnets": 13.5, "all": 1234.0}}
+    content = json.loads((folder / "some-cpu.json").read_text())
+    del content["results"]
+    (folder / "parts.json").write_text(json.dumps({**content, "rounds": 9, "training": sides, "inference": sides}))
+    training, inference = report.profile("parts", folder).split("\n\n")
+    assert training.splitlines()[0] == "| training step, milliseconds | ours | torchvision |"
+    assert training.splitlines()[2:] == ["| subnets | 12.5 | 13.5 |", "| all | 100 | 1234 |"]
+    assert inference.startswith("| inference, milliseconds |")
+    assert "medians of 9 rounds" in report.machine("parts", folder)
+
+
 def test_the_evaluations_rows(report, tmp_path):
     took = {"seconds": 9.5, "processor_seconds": 8.0}
     content = {

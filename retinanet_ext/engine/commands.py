@@ -6,10 +6,14 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+
 from retinanet_ext.data import find_splits, open_dataset
 from retinanet_ext.data.extras import require_all
+from retinanet_ext.models import fold_batch_norm
 
 from . import demo
+from .allocator import keep_freed_memory
 from .anchor_report import report_anchors
 from .check_data import check_data
 from .checkpoint import load_checkpoint, load_model
@@ -36,6 +40,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace, world: World) -> int:
     training = (_begin if arguments.resume is None else _resume)(arguments, world)
+    _prepare(training.device)
     try:
         training.fit()
     except KeyboardInterrupt:
@@ -46,6 +51,11 @@ def _train(arguments: argparse.Namespace, world: World) -> int:
     if world.is_main:
         print(_summary(training.run, training.config.epochs))
     return 0
+
+
+def _prepare(device: torch.device) -> None:
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -104,7 +114,9 @@ def _val(arguments: argparse.Namespace, run: RunFolder) -> int:
     run.check_empty()
     device = resolve_device(arguments.device or "auto")
     workers = resolve_workers(arguments.workers, device)
+    _prepare(device)
     model, class_names, _ = load_model(arguments.weights, device)
+    model.to(memory_format=torch.channels_last)
     dataset = open_dataset(
         arguments.data,
         arguments.split,
@@ -145,7 +157,9 @@ def run_predict(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace, run: RunFolder) -> int:
     run.check_empty()
     device = resolve_device(arguments.device or "auto")
+    _prepare(device)
     model, class_names, _ = load_model(arguments.weights, device, score_thresh=arguments.min_score)
+    fold_batch_norm(model).to(memory_format=torch.channels_last)
     paths, problems = find_images(arguments.sources)
     result = predict_files(
         model,
@@ -229,6 +243,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the demonstration and say what came of it."""
     with new_run_dir(arguments.run_dir, "demo") as run_dir:
+        _prepare(resolve_device(arguments.device))
         result = demo.run_demo(run_dir, device=arguments.device, seed=arguments.seed)
     weights = run_dir / "weights" / "best.pt"
     print(f"\nAP {result.ap:.3f}, AP50 {result.ap50:.3f} on held-out images; {result.seconds:.0f} s in all")

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from retinanet_ext.data import generate_shapes, open_dataset
 from retinanet_ext.data.extras import require_all
 
@@ -81,6 +83,7 @@ def run_demo(
     Training(config, run_dir, say=say).fit()
     amp = resolve_amp(None, torch_device)
     model, class_names, checkpoint = load_model(run.best, torch_device)
+    model.to(memory_format=torch.channels_last)
     val_set = open_dataset(data, "val", class_names=class_names)
     result = evaluate(model, val_set, device=torch_device, amp=amp)
     run.write_evaluation(result, val_set)

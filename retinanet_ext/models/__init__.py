@@ -15,6 +15,7 @@ from .build import (
 from .config import PRESETS, RetinaNetConfig
 from .fpn import BackboneWithFPN, FeaturePyramid
 from .heads import RetinaNetHead
+from .inference import fold_batch_norm
 from .normalizers import LossNormalizer
 from .resnet import BACKBONES, FrozenBatchNorm2d, ResNet, SyncBatchNorm2d
 from .retinanet import RetinaNet
@@ -35,6 +36,7 @@ __all__ = [
     "RetinaNetHead",
     "SyncBatchNorm2d",
     "build_retinanet",
+    "fold_batch_norm",
     "retinanet_resnet18_fpn",
     "retinanet_resnet34_fpn",
     "retinanet_resnet50_fpn",

@@ -125,7 +125,7 @@ class BasicBlock(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return self.relu(out + shortcut)
+        return self.relu(out.add_(shortcut))  # nothing needs the norm's output in the backward pass
 
 
 class Bottleneck(nn.Module):
@@ -161,7 +161,7 @@ class Bottleneck(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.relu(out + shortcut)
+        return self.relu(out.add_(shortcut))  # nothing needs the norm's output in the backward pass
 
 
 class ResNet(nn.Module):
