@@ -4,6 +4,7 @@ anchors, beside torchvision's Matcher(box_iou(...)), an image at a time."""
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ import torch
 import retinanet_ext
 from retinanet_ext.models.anchors import AnchorGenerator
 
-# Image, batch, boxes an image. 800x1344 has 201,600 anchors.
+# Image, batch, boxes an image, or "ragged": as many as COCO's images have, 7.3 on average, some none and a few dozens.
+# 800x1344 has 201,600 anchors.
 CASES = {
     "800x1344 B=1 M=8": ((800, 1344), 1, 8),
     "800x1344 B=1 M=50": ((800, 1344), 1, 50),
     "800x1344 B=1 M=300": ((800, 1344), 1, 300),
     "800x1344 B=16 M=8": ((800, 1344), 16, 8),
     "800x1344 B=64 M=500": ((800, 1344), 64, 500),
+    "800x1344 B=16 ragged": ((800, 1344), 16, "ragged"),
     "240x320 B=16 M=12": ((240, 320), 16, 12),
 }
 SMOKE = ((64, 96), 2, 5)
@@ -29,12 +32,16 @@ def make_case(case, device):
     grids = [(-(-height // stride), -(-width // stride)) for stride in (8, 16, 32, 64, 128)]
     anchors = AnchorGenerator()((height, width), grids).to(device)
     generator = torch.Generator().manual_seed(0)
+    counts = [count] * batch
+    if count == "ragged":
+        chances = torch.rand(batch, generator=generator)
+        counts = (chances.log() / math.log(7.3 / 8.3)).int().tolist()  # geometric
     boxes = []
-    for _ in range(batch):
+    for count in counts:
         size = (torch.rand(count, 2, generator=generator) * 3.2 + 2.5).exp().clamp(max=min(height, width) / 2)
         corner = torch.rand(count, 2, generator=generator) * (torch.tensor([width, height]) - size)
         boxes.append(torch.cat((corner, corner + size), dim=1).to(device))
-    labels = [torch.arange(count, device=device) % 80 for _ in range(batch)]
+    labels = [torch.arange(count, device=device) % 80 for count in counts]
     return anchors, boxes, labels
 
 
@@ -46,7 +53,11 @@ def torchvision_targets(anchors, boxes, labels):
     matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
     all_labels, all_matched, counts = [], [], []
     for image_boxes, image_labels in zip(boxes, labels, strict=True):
-        matched = matcher(box_iou(image_boxes, anchors))
+        if len(image_boxes):
+            matched = matcher(box_iou(image_boxes, anchors))
+        else:  # the Matcher refuses it, torchvision's RetinaNet makes it background
+            matched = torch.full((len(anchors),), -1, device=anchors.device)
+            image_labels = matched
         foreground = matched >= 0
         all_matched.append(matched)
         all_labels.append(torch.where(foreground, image_labels[matched.clamp(min=0)], matched))

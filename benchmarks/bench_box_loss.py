@@ -1,7 +1,8 @@
 """box_regression_loss over a feature pyramid, forward, and forward with backward, beside what torchvision does.
 
 torchvision's RetinaNet permutes and concatenates the levels, then, image by image, picks the foreground by indices
-(which waits for the device), encodes its boxes with BoxCoder and sums torch.nn.functional.l1_loss.
+(which waits for the device), encodes its boxes with BoxCoder and sums torch.nn.functional.l1_loss; its v2 decodes them
+and sums the generalized IoU loss.
 """
 
 from __future__ import annotations
@@ -63,6 +64,20 @@ def torchvision_loss(levels, anchors, gt_boxes, matched, normalizer, coder):
     return sum(losses)
 
 
+def torchvision_giou(levels, anchors, gt_boxes, matched, normalizer, coder):
+    """As the RetinaNetRegressionHead of torchvision's v2."""
+    from torchvision.ops import generalized_box_iou_loss
+
+    rows = torch.cat([anchor_rows(level, 4) for level in levels], dim=1)
+    losses = []
+    for image, boxes in enumerate(gt_boxes):
+        foreground = torch.where(matched[image] >= 0)[0]
+        predicted = coder.decode_single(rows[image][foreground], anchors[foreground])
+        expected = boxes[matched[image][foreground].long()]
+        losses.append(generalized_box_iou_loss(predicted, expected, reduction="sum", eps=1e-7) / normalizer[image])
+    return sum(losses)
+
+
 def make_call(function, levels, backward):
     if not backward:
 
@@ -83,7 +98,7 @@ def make_call(function, levels, backward):
     return forward_backward
 
 
-def peers(levels, others, backward):
+def peers(levels, others, backward, loss):
     if importlib.util.find_spec("torchvision") is None:
         return {"torchvision": "torchvision is not installed"}
     from torchvision.models.detection._utils import BoxCoder
@@ -91,7 +106,7 @@ def peers(levels, others, backward):
     coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
     anchors, gt_boxes, matched, normalizer = others
     function = functools.partial(
-        torchvision_loss,
+        {"l1": torchvision_loss, "giou": torchvision_giou}[loss],
         anchors=anchors,
         gt_boxes=gt_boxes,
         matched=matched,
@@ -106,12 +121,22 @@ def peers(levels, others, backward):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("pyramid", PYRAMIDS)
 def test_box_regression_loss(compare, device, timed, pyramid, dtype, layout, direction):
+    run_case(compare, device, timed, pyramid, dtype, layout, direction, "l1")
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+def test_giou(compare, device, timed, pyramid, direction):
+    run_case(compare, device, timed, pyramid, torch.float32, "channels_last", direction, "giou")
+
+
+def run_case(compare, device, timed, pyramid, dtype, layout, direction, loss):
     backward = direction == "forward+backward"
     levels, *others = make_case(PYRAMIDS[pyramid] if timed else SMOKE_PYRAMID, dtype, LAYOUTS[layout], device)
     anchors, gt_boxes, matched, normalizer = others
 
     def ours(leaves):
-        return retinanet_ext.box_regression_loss(leaves, anchors, gt_boxes, matched, normalizer=normalizer)
+        return retinanet_ext.box_regression_loss(leaves, anchors, gt_boxes, matched, loss=loss, normalizer=normalizer)
 
     def agree(a, b):
         # The peer rounds halves to their dtype on the way: this guards against comparing different things.
@@ -123,10 +148,11 @@ def test_box_regression_loss(compare, device, timed, pyramid, dtype, layout, dir
     elements = sum(level.numel() for level in levels)
     gradient = elements * levels[0].element_size() if backward else 0
     name = next(name for name, value in DTYPES.items() if value == dtype)
+    case = f"{'' if loss == 'l1' else loss + ' '}{pyramid if timed else 'smoke'}"
     compare(
-        f"box_regression_loss {pyramid if timed else 'smoke'} {layout} {name} {direction}",
+        f"box_regression_loss {case} {layout} {name} {direction}",
         make_call(ours, levels, backward),
-        peers(levels, others, backward),
+        peers(levels, others, backward, loss),
         agree,
         elements=elements,
         bytes=gradient + matched.numel() * matched.element_size() * (2 if backward else 1),
