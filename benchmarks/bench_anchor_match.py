@@ -1,8 +1,9 @@
 """Matching the anchors of a feature pyramid with the boxes of a batch: labels, matched rows and numbers of foreground
-anchors, beside torchvision's Matcher(box_iou(...)), an image at a time."""
+anchors, beside torchvision's Matcher(box_iou(...)) and detectron2's, an image at a time."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 
@@ -65,6 +66,24 @@ def torchvision_targets(anchors, boxes, labels):
     return torch.stack(all_labels), torch.stack(all_matched), torch.stack(counts)
 
 
+def detectron2_targets(anchors, boxes, labels):
+    """As detectron2's RetinaNet; in the numbers of torchvision."""
+    from detectron2.modeling.matcher import Matcher
+    from detectron2.structures import Boxes, pairwise_iou
+
+    matcher = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+    all_labels, all_matched, counts = [], [], []
+    for image_boxes, image_labels in zip(boxes, labels, strict=True):
+        matched, kinds = matcher(pairwise_iou(Boxes(image_boxes), Boxes(anchors)))
+        matched = torch.where(kinds == 1, matched, kinds.long() - 1)
+        if not len(image_boxes):
+            image_labels = matched
+        all_matched.append(matched)
+        all_labels.append(torch.where(kinds == 1, image_labels[matched.clamp(min=0)], matched))
+        counts.append((kinds == 1).sum())
+    return torch.stack(all_labels), torch.stack(all_matched), torch.stack(counts)
+
+
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("case", CASES)
 def test_assign_targets(compare, captured, device, timed, case, in_graph):
@@ -75,9 +94,12 @@ def test_assign_targets(compare, captured, device, timed, case, in_graph):
     def ours():
         return retinanet_ext.assign_targets(anchors, boxes, labels, policy="torchvision")
 
-    peers = {"torchvision": "torchvision is not installed"}
-    if importlib.util.find_spec("torchvision") is not None:
-        peers["torchvision"] = lambda: torchvision_targets(anchors, boxes, labels)
+    peers = {}
+    for name, targets in (("torchvision", torchvision_targets), ("detectron2", detectron2_targets)):
+        if importlib.util.find_spec(name) is None:
+            peers[name] = f"{name} is not installed"
+        else:
+            peers[name] = functools.partial(targets, anchors, boxes, labels)
 
     def agree(mine, other):
         for one, two in zip(mine, other, strict=True):

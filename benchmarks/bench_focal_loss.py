@@ -1,4 +1,5 @@
-"""Sigmoid focal loss, sum: forward, and forward with backward, beside torchvision (eager, compiled), mmcv and apex.
+"""Sigmoid focal loss, sum: forward, and forward with backward, beside torchvision (eager, compiled), fvcore
+(scripted, as detectron2 takes it), mmcv and apex.
 
 Logits look like those of a detector in training: mostly confident background, one row in 500 positive. torchvision
 takes one-hot targets, which are made before the clock starts.
@@ -66,6 +67,12 @@ def peers(logits, targets, dense, backward, timed):
         if timed:
             compiled = torch.compile(eager)
             yield "torchvision compiled", make_call(compiled, logits, dense, backward)
+    if importlib.util.find_spec("fvcore") is None:
+        yield "fvcore", "fvcore is not installed"
+    else:
+        from fvcore.nn import sigmoid_focal_loss_jit
+
+        yield "fvcore", make_call(lambda x, t: sigmoid_focal_loss_jit(x, t, 0.25, 2.0, "sum"), logits, dense, backward)
     if importlib.util.find_spec("mmcv") is None:
         yield "mmcv", "mmcv is not installed"
     elif not logits.is_cuda:

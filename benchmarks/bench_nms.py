@@ -1,4 +1,4 @@
-"""nms and batched_nms beside torchvision's, over boxes of random size and place."""
+"""nms and batched_nms over boxes of random size and place, beside mmcv's and torchvision's, which are detectron2's."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ def agree(mine, other):
     assert torch.equal(mine, other)
 
 
+def mmcv_peer(variant, boxes, scores, labels):
+    if importlib.util.find_spec("mmcv") is None:
+        return "mmcv is not installed"
+    if importlib.util.find_spec("mmcv._ext") is None:
+        return "this mmcv has no compiled operators"
+    from mmcv.ops import batched_nms, nms
+
+    if variant == "nms":
+        return lambda: nms(boxes, scores, 0.5)[1]
+    return lambda: batched_nms(boxes, scores, labels, {"type": "nms", "iou_threshold": 0.5})[1]
+
+
 @pytest.mark.parametrize("count", SIZES)
 @pytest.mark.parametrize("variant", ["nms", "batched_nms"])
 def test_nms(compare, device, timed, variant, count):
@@ -34,7 +46,7 @@ def test_nms(compare, device, timed, variant, count):
         pytest.skip("400,000 boxes take the CPU peer minutes a call; 20,000 say as much")
     boxes, scores, labels = make_case(count if timed else 200, device)
     arguments = (boxes, scores, 0.5) if variant == "nms" else (boxes, scores, labels, 0.5)
-    peers = {"torchvision": "torchvision is not installed"}
+    peers = {"torchvision": "torchvision is not installed", "mmcv": mmcv_peer(variant, boxes, scores, labels)}
     if importlib.util.find_spec("torchvision") is not None:
         import torchvision
 

@@ -223,11 +223,6 @@ def summarise(values: list[float]) -> Timing:
     return Timing(statistics.median(values), min(values), max(values), len(values))
 
 
-def optional_peer(module: str) -> str | None:
-    """None where a peer's package can be imported, else why it is skipped."""
-    return None if importlib.util.find_spec(module) else f"{module} is not installed"
-
-
 def git(*arguments: str) -> str | None:
     try:
         run = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=True)
@@ -254,7 +249,7 @@ def machine() -> dict[str, object]:
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain")),
     }
-    for peer in ("torchvision", "mmcv", "apex"):
+    for peer in ("torchvision", "mmcv", "apex", "fvcore", "detectron2"):
         if importlib.util.find_spec(peer):
             facts[peer] = importlib.metadata.version(peer)
     if torch.cuda.is_available():

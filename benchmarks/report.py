@@ -148,9 +148,8 @@ def machine(what: str, folder: Path) -> str:
     name = what.strip()
     report = read(name, folder)
     facts = report["machine"]
-    versions = [
-        f"{package} {facts[package]}" for package in ("torch", "torchvision", "mmcv", "apex") if package in facts
-    ]
+    packages = ("torch", "torchvision", "mmcv", "apex", "fvcore", "detectron2")
+    versions = [f"{package} {facts[package]}" for package in packages if package in facts]
     device = f"{facts['gpu']}, driver {facts['driver']}" if "gpu" in facts else facts["processor"]
     threads = facts["torch_threads"]
     commit = f"commit {facts['commit'][:9]}{' with changes' if facts['uncommitted_changes'] else ''}"
