@@ -38,15 +38,14 @@ def fold_batch_norm(model: RetinaNet) -> RetinaNet:
 
 
 def _fold(parent: nn.Module, convolution: str, norm: str) -> None:
-    """One pair of children, if there is one; the norm becomes an identity."""
+    """One pair of children, if there is one: a convolution without a bias, and a norm, which becomes an identity."""
     conv, bn = getattr(parent, convolution, None), getattr(parent, norm, None)
     if not isinstance(bn, _BATCH_NORMS):
         return
-    parts = (conv.weight, conv.bias, bn.running_mean, bn.running_var, None, bn.weight, bn.bias)
-    exact = [None if part is None else part.detach().double() for part in parts]
-    exact[4] = bn.eps
-    weight, bias = fuse_conv_bn_weights(*exact)
-    # As it was, in memory too.
-    conv.weight.data.copy_(weight)
+    mean, variance, gain, shift = (
+        value.detach().double() for value in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    )
+    weight, bias = fuse_conv_bn_weights(conv.weight.detach().double(), None, mean, variance, bn.eps, gain, shift)
+    conv.weight.data.copy_(weight)  # its type and memory format stay
     conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
     setattr(parent, norm, nn.Identity())
