@@ -78,8 +78,9 @@ def training_call(model, images, targets):
     parts = Parts(model)
 
     def call():
-        optimizer.zero_grad()
         parts.begin()
+        optimizer.zero_grad()
+        parts.mark("gradients freed")
         losses = model(images, targets)
         total = losses["classification"] + losses["bbox_regression"]
         parts.mark("anchors, matching, losses")
@@ -141,7 +142,7 @@ def main() -> None:
     inference = in_turns({side: inference_call(model, images) for side, model in sides.items()}, rounds)
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "case": CASE,
+        "case": CASE if timed else "smoke",
         "rounds": rounds,
         "unit": "milliseconds",
         "machine": machine(),

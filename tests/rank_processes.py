@@ -51,8 +51,9 @@ def in_processes(size, function, *arguments, start=START):
         context.Process(target=_in_process, args=(rank, size, port, pipe[1], function, arguments))
         for rank, pipe in enumerate(pipes)
     ]
-    for process in processes:
+    for process, (_, other_end) in zip(processes, pipes, strict=True):
         process.start()
+        other_end.close()  # so that one that ends without a word is noticed
     try:
         results = {}
         waiting = {pipe[0]: rank for rank, pipe in enumerate(pipes)}

@@ -35,7 +35,7 @@ def load(module_name: str, file: str, name: str) -> Callable:
 
 # The instruction set is chosen once, at the first call: so a process forks for each, everything imported.
 _PROGRAM = """
-import os, sys, torch
+import os, sys, torch, traceback
 from started_anew import load
 folder, *place = sys.argv[1:5]
 function = load(*place)
@@ -48,7 +48,10 @@ for isa in sys.argv[5:]:
             torch.manual_seed(0)
             torch.save(function(), f"{folder}/{isa}.pt")
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0, isa
 """

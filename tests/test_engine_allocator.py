@@ -34,7 +34,13 @@ print(done, resident() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 @pytest.mark.parametrize(
     ("what", "setting", "expected"),
-    [("keep", {}, "True"), ("leave", {}, "None"), ("keep", {"MALLOC_MMAP_MAX_": "9"}, "False")],
+    [
+        ("keep", {}, "True"),
+        ("leave", {}, "None"),
+        ("keep", {"MALLOC_MMAP_MAX_": "9"}, "False"),
+        ("keep", {"MALLOC_TOP_PAD_": "0"}, "False"),
+        ("keep", {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=9"}, "False"),
+    ],
 )
 def test_freed_memory_is_kept(what, setting, expected, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}

@@ -61,3 +61,11 @@ def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"model: expected evaluation mode.*got training mode"):
         fold_batch_norm(model)
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_another_backbone_is_refused_before_anything_is_folded():
+    model = retinanet_resnet18_fpn(3).eval()
+    model.backbone.extra = nn.BatchNorm2d(4)
+    with pytest.raises(ValueError, match="expected a backbone of this library"):
+        fold_batch_norm(model)
+    assert isinstance(model.backbone.body.bn1, nn.BatchNorm2d)

@@ -86,7 +86,7 @@ def fork_with_each_operator():
             for _ in range(2):
                 assert as_bytes(call.run()) == right
 
-        outcomes[name] = run_in_fork(work)
+        outcomes[name] = run_in_fork(work, seconds=5)
     return outcomes
 
 

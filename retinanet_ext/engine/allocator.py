@@ -4,7 +4,6 @@ import ctypes
 import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
@@ -12,9 +11,10 @@ def keep_freed_memory() -> bool:
     kernel must clear first. The process holds its peak until it ends, and a little more where sizes change.
 
     Returns:
-        whether it was done: only with glibc, and not where the environment says how malloc shall behave.
+        whether it was done: only with glibc, and not where the environment has settings of malloc (``MALLOC_...``,
+        ``GLIBC_TUNABLES``). An allocator that was preloaded in malloc's place does not hear of it.
     """
-    if any(name in os.environ for name in _SETTINGS):
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -16,8 +16,8 @@ def detect_with_losses(
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """The detections of a batch, and its losses as training would have them.
 
-    Normalisation layers use what they have learned, not the batch, so that a loss does not depend on the other images
-    beside it. A model that is no RetinaNet of this library has no losses here, only detections.
+    See `RetinaNet.detections_and_losses`. A model that is no RetinaNet of this library has no losses here, only
+    detections.
 
     Args:
         images: ``[3, H, W]`` each, on the model's device.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -15,33 +17,42 @@ def fold_batch_norm(model: RetinaNet) -> RetinaNet:
     """Puts every BatchNorm of the backbone into the convolution before it, in place: the same detections to rounding,
     without the passes over the features. GroupNorm, whose statistics are the image's, stays.
 
-    What was folded can neither be trained nor written to a checkpoint: the state dict has other keys.
+    For inference alone: what was folded is no longer what was trained, and its state dict has other keys.
 
     Args:
-        model: in evaluation mode, with weights of float32 or float64.
+        model: in evaluation mode, with weights of float32 or float64; its backbone is one of `BACKBONES`.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, or its backbone has a BatchNorm outside of this library's ResNets.
     """
     if model.training:
         raise ValueError("model: expected evaluation mode, whose statistics are fixed, got training mode: model.eval()")
-    for module in model.backbone.modules():
-        if isinstance(module, ResNet | BasicBlock | Bottleneck):
-            for number in (1, 2, 3):
-                _fold(module, f"conv{number}", f"bn{number}")
-            if isinstance(getattr(module, "downsample", None), nn.Sequential):
-                _fold(module.downsample, "0", "1")
+    blocks = [module for module in model.backbone.modules() if isinstance(module, ResNet | BasicBlock | Bottleneck)]
+    norms = sum(isinstance(module, _BATCH_NORMS) for module in model.backbone.modules())
+    if norms != sum(len(list(_pairs(block))) for block in blocks):
+        raise ValueError("model: expected a backbone of this library, got one with BatchNorm in other places")
+    for block in blocks:
+        for parent, convolution, norm in _pairs(block):
+            _fold(parent, convolution, norm)
     return model
 
 
+def _pairs(block: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Where a block has a convolution without a bias and a BatchNorm after it: their parent and their names."""
+    places = [(block, f"conv{number}", f"bn{number}") for number in (1, 2, 3)]
+    if isinstance(getattr(block, "downsample", None), nn.Sequential):
+        places.append((block.downsample, "0", "1"))
+    for parent, convolution, norm in places:
+        if isinstance(getattr(parent, norm, None), _BATCH_NORMS):
+            yield parent, convolution, norm
+
+
 def _fold(parent: nn.Module, convolution: str, norm: str) -> None:
-    """One pair of children, if there is one: a convolution without a bias, and a norm, which becomes an identity."""
-    conv, bn = getattr(parent, convolution, None), getattr(parent, norm, None)
-    if not isinstance(bn, _BATCH_NORMS):
-        return
+    """The norm becomes an identity."""
+    conv, bn = getattr(parent, convolution), getattr(parent, norm)
     mean, variance, gain, shift = (
         value.detach().double() for value in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
     )

@@ -171,8 +171,9 @@ class RetinaNet(nn.Module):
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """The detections of a batch and its losses, by one pass through the network; for validation.
 
-        In evaluation mode normalisation layers use what they have learned, so that an image's losses do not depend on
-        the others of the batch.
+        In evaluation mode normalisation layers use what they have learned, not the batch. An image's losses still
+        depend on the others beside it where images differ in size, by the padding, and where the normalizer is that
+        of the batch.
 
         Args, errors: as `forward` has them in training mode.
 

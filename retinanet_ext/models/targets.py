@@ -47,7 +47,7 @@ def check_targets(
             outside ``[0, num_classes)``.
     """
     if targets is None:
-        raise ValueError("targets: expected a dictionary for each image in training mode, got None")
+        raise ValueError("targets: expected a dictionary for each image, got None")
     if len(targets) != len(images):
         raise ValueError(f"targets: expected one for each of {len(images)} images, got {len(targets)}")
     for index, (target, image) in enumerate(zip(targets, images, strict=True)):
