@@ -88,7 +88,7 @@ def box_loss(side: int, device: torch.device):
         for one, two in zip(mine, other, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
 
-    peer = bench_box_loss.peers(levels, others, backward=True)["torchvision"] if has_torchvision() else None
+    peer = bench_box_loss.peers(levels, others, backward=True, loss="l1")["torchvision"] if has_torchvision() else None
     elements = sum(level.numel() for level in levels)
     return bench_box_loss.make_call(loss, levels, backward=True), peer, agree, elements, 4 * elements + 8 * len(anchors)
 
