@@ -93,12 +93,12 @@ EARLIER_NAMES = {
 
 
 def labelled(case: str) -> str:
-    """The case with its operator in code type."""
+    """The case with its operator, if it is one's, in code type."""
     for earlier, name in EARLIER_NAMES.items():
         if case.startswith(f"{earlier} "):
             case = name + case.removeprefix(earlier)
     operator, _, rest = case.partition(" ")
-    return f"`{operator}` {rest}"
+    return case if operator in ("training", "inference") else f"`{operator}` {rest}"
 
 
 def listed(what: str, folder: Path) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def machine(what: str, folder: Path) -> str:
     threads = facts["torch_threads"]
     commit = f"commit {facts['commit'][:9]}{' with changes' if facts['uncommitted_changes'] else ''}"
     rounds = [result["ours"]["rounds"] for result in report["results"]] if "results" in report else [report["rounds"]]
-    counted = f"{min(rounds)} to {max(rounds)}" if len(rounds) > 1 else f"{rounds[0]}"
+    counted = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else f"{rounds[0]}"
     return (
         f"{device}; {facts['processors']} cores, {threads} thread{'s' if threads > 1 else ''}; {', '.join(versions)}; "
         f"{report['date'][:10]}, {commit}; medians of {counted} rounds, the sides in turns; "
