@@ -8,16 +8,8 @@ and the commit.
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import importlib.util
-import json
 import math
-import os
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,8 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from peak_memory import peak_bytes
-
-import retinanet_ext
+from results_file import origin, write_results
 
 HERE = Path(__file__).resolve().parent
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
@@ -43,9 +34,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[RESULTS] = []
+    if config.getoption("--benchmark"):
+        config.stash[ORIGIN] = origin()
 
 
 RESULTS = pytest.StashKey[list]()
+ORIGIN = pytest.StashKey[dict]()
 
 
 @dataclass
@@ -228,62 +222,14 @@ def summarise(values: list[float]) -> Timing:
     return Timing(statistics.median(values), min(values), max(values), len(values))
 
 
-def git(*arguments: str) -> str | None:
-    try:
-        run = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.strip()
-
-
-def processor() -> str:
-    try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.machine()
-
-
-def machine() -> dict[str, object]:
-    facts: dict[str, object] = {
-        "processor": processor(),
-        "processors": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "retinanet_ext": retinanet_ext.build_info(),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
-    }
-    for peer in ("torchvision", "mmcv", "apex", "fvcore", "detectron2"):
-        if importlib.util.find_spec(peer):
-            facts[peer] = importlib.metadata.version(peer)
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["driver"] = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    return facts
-
-
 def pytest_sessionfinish(session):
     results = session.config.stash[RESULTS]
     if not results:
         return
-    now = datetime.datetime.now(datetime.timezone.utc)
-    default = HERE / "results" / f"{now:%Y-%m-%d}-{results[0].device}.json"
+    facts = session.config.stash[ORIGIN]
+    default = HERE / "results" / f"{facts['date'][:10]}-{results[0].device}.json"
     path = Path(session.config.getoption("--results") or default)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "date": now.isoformat(timespec="seconds"),
-        "unit": "milliseconds",
-        "machine": machine(),
-        "results": [asdict(result) for result in results],
-    }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, path)
+    write_results(path, {**facts, "unit": "milliseconds", "results": [asdict(result) for result in results]})
     session.config.stash[RESULTS_PATH] = path
 
 

@@ -1,7 +1,7 @@
 """How long scoring 5,000 images with 100 detections each takes, beside pycocotools, and that the figures are the same.
 
     python benchmarks/evaluation_speed.py                  # 5,000 images x 100 detections, 80 classes
-    python benchmarks/evaluation_speed.py --images 500 --results out.json
+    python benchmarks/evaluation_speed.py --images 500 --output out.json
 
 The set is generated: 7.3 objects an image in three classes, one in a hundred a crowd; detections near them, six each,
 and the rest anywhere. Timed are `score_detections` (every figure of an evaluation) and `match_detections` (what the
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import io
 import json
 import os
@@ -21,8 +19,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from results_file import origin, write_results
 
-from retinanet_ext.diagnostics import processor
 from retinanet_ext.engine.evaluate import score_detections
 from retinanet_ext.engine.matches import match_detections
 
@@ -97,13 +95,12 @@ def main() -> None:
     parser.add_argument("--detections", type=int, default=100)
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--without-pycocotools", action="store_true", help="time our side alone")
-    parser.add_argument("--results", metavar="JSON", help="write the figures here too")
+    parser.add_argument("--output", type=Path, help="also write the json here")
     arguments = parser.parse_args()
     truth, results = generate(arguments.images, arguments.detections, arguments.classes)
     report = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"processor": processor(), "processors": os.cpu_count(), "load_at_start": os.getloadavg()[0]},
-        "versions": {name: importlib.metadata.version(name) for name in ("faster-coco-eval", "pycocotools", "numpy")},
+        **origin(),
+        "load_at_start": os.getloadavg()[0],
         "images": arguments.images,
         "detections": len(results),
         "objects": len(truth["annotations"]),
@@ -118,8 +115,8 @@ def main() -> None:
         if report["largest_difference"] > 2.5e-16:
             raise SystemExit(f"the precisions differ from pycocotools' by {report['largest_difference']:g}")
     print(json.dumps(report, indent=1))
-    if arguments.results:
-        Path(arguments.results).write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.output is not None:
+        write_results(arguments.output, report)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ its gradient: what was computed last comes first there.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 from bench_end_to_end import CASES, SMOKE, imitate_training, make_inputs, make_models
-from conftest import machine
+from results_file import origin, write_results
 from torch import Tensor, nn
 
 from retinanet_ext.models import fold_batch_norm
@@ -125,6 +124,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny image, one round")
     parser.add_argument("--output", type=Path, help="also write the json here")
     arguments = parser.parse_args()
+    facts = origin()
     device, timed = torch.device("cpu"), not arguments.smoke
     rounds = arguments.rounds if timed else 1
     images, targets = make_inputs(CASES[CASE] if timed else SMOKE, device)
@@ -141,18 +141,16 @@ def main() -> None:
     fold_batch_norm(sides["ours"].eval())
     inference = in_turns({side: inference_call(model, images) for side, model in sides.items()}, rounds)
     report = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **facts,
         "case": CASE if timed else "smoke",
         "rounds": rounds,
         "unit": "milliseconds",
-        "machine": machine(),
         "training": training,
         "inference": inference,
     }
-    text = json.dumps(report, indent=1)
-    print(text)
+    print(json.dumps(report, indent=1))
     if arguments.output is not None:
-        arguments.output.write_text(text + "\n")
+        write_results(arguments.output, report)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
 
     <!-- cases FILE: PATTERN, PATTERN ... -->     a row a case: ours, and each peer with its factor
     <!-- memory FILE: PATTERN, PATTERN ... -->    a row a case: the most that a call of each side holds at a time
+    <!-- images FILE: PATTERN, PATTERN ... -->    a row a case of bench_loading.py: images a second
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- reference FILE -->                       train_vs_reference.py
@@ -144,6 +145,14 @@ def memory(what: str, folder: Path) -> str:
     return beside_ours(results, "MiB", megabytes)
 
 
+def images(what: str, folder: Path) -> str:
+    rows = [
+        [result["case"], number(1e3 * result["details"]["images"] / result["ours"]["median"])]
+        for result in listed(what, folder)
+    ]
+    return table(["", "images a second"], rows)
+
+
 def machine(what: str, folder: Path) -> str:
     name = what.strip()
     report = read(name, folder)
@@ -153,12 +162,14 @@ def machine(what: str, folder: Path) -> str:
     device = f"{facts['gpu']}, driver {facts['driver']}" if "gpu" in facts else facts["processor"]
     threads = facts["torch_threads"]
     commit = f"commit {facts['commit'][:9]}{' with changes' if facts['uncommitted_changes'] else ''}"
-    rounds = [result["ours"]["rounds"] for result in report["results"]] if "results" in report else [report["rounds"]]
-    counted = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else f"{rounds[0]}"
+    medians = ""
+    if "results" in report or "rounds" in report:
+        rounds = [row["ours"]["rounds"] for row in report.get("results", ())] or [report["rounds"]]
+        counted = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else f"{rounds[0]}"
+        medians = f"medians of {counted} rounds, the sides in turns; "
     return (
         f"{device}; {facts['processors']} cores, {threads} thread{'s' if threads > 1 else ''}; {', '.join(versions)}; "
-        f"{report['date'][:10]}, {commit}; medians of {counted} rounds, the sides in turns; "
-        f"{link(name)}.\n"
+        f"{report['date'][:10]}, {commit}; {medians}{link(name)}.\n"
     )
 
 
@@ -171,8 +182,9 @@ def training(what: str, folder: Path) -> str:
         for name, run in runs
     ]
     if len(runs) > 1:
-        means = [f"{statistics.mean(run[side][key] for _, run in runs):.3f}" for key in figures[:2] for side in sides]
-        rows.append(["mean", *means, "", ""])
+        columns = [[run[side][key] for _, run in runs] for key in figures for side in sides]
+        rows.append(["mean", *(f"{statistics.mean(values):.3f}" for values in columns)])
+        rows.append(["lowest to highest", *(f"{min(values):.3f} to {max(values):.3f}" for values in columns)])
     header = [
         "seed",
         "AP ours",
@@ -230,7 +242,7 @@ def evaluation(what: str, folder: Path) -> str:
     report = read(what.strip(), folder)
     sides = [(f"`{name}`", report[name]) for name in ("score_detections", "match_detections")]
     if "pycocotools" in report:
-        sides.append((f"pycocotools {report['versions']['pycocotools']}", report["pycocotools"]))
+        sides.append((f"pycocotools {report['machine']['pycocotools']}", report["pycocotools"]))
     rows = [[name, number(side["seconds"]), number(side["processor_seconds"])] for name, side in sides]
     size = f"{report['images']:,} images, {report['detections']:,} detections, {report['objects']:,} objects"
     return table([f"{size}, {report['classes']} classes", "seconds", "of the processor"], rows)
@@ -255,6 +267,7 @@ def plot_file(title: str) -> str:
 KINDS: dict[str, Callable[[str, Path], str]] = {
     "cases": cases,
     "memory": memory,
+    "images": images,
     "machine": machine,
     "training": training,
     "reference": reference,

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from results_file import origin, write_results
 
-import retinanet_ext
 from retinanet_ext import ops, reference
 from retinanet_ext.data import make_loader, open_dataset
 from retinanet_ext.engine.checkpoint import build_model
@@ -169,16 +169,13 @@ def main() -> None:
     optimizer = make_optimizer(model, "adamw", 3e-4)
     scheduler = make_scheduler(optimizer, arguments.steps, min(50, arguments.steps), "cosine")
     report = {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "retinanet_ext": retinanet_ext.__version__,
+        **origin(),
         "training": train(model, loader, optimizer, scheduler, arguments.steps, CLIP_GRAD_NORM["adamw"]),
         "prediction": predict(model, val_set, 87),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
+    print(json.dumps(report, indent=1))
     if arguments.output is not None:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        write_results(arguments.output, report)
 
 
 if __name__ == "__main__":

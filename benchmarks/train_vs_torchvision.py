@@ -15,7 +15,6 @@ same computation, which rounding hides in float32.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -24,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
+from results_file import origin, write_results
 from torch import nn
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import retinanet_ext
 from retinanet_ext.data import (
     Compose,
     DetectionDataset,
@@ -196,6 +194,7 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    facts = origin()
     train_set = open_dataset(arguments.data, "train")
     val_set = open_dataset(arguments.data, "val", class_names=train_set.class_names)
     steps_per_epoch = max(1, len(train_set) // arguments.batch_size)
@@ -222,6 +221,7 @@ def main() -> int:
         contestant.result = evaluate(contestant.model, val_set, device=device)
         print(f"{contestant.name}\n{format_metrics(contestant.result)}")
     report = {
+        **facts,
         "recipe": {key: value for key, value in vars(arguments).items() if key not in ("data", "output", "threads")},
         "data": {
             "train_images": len(train_set),
@@ -229,35 +229,11 @@ def main() -> int:
             "classes": train_set.class_names,
         },
         **{contestant.name: contestant.summary() for contestant in contestants},
-        "machine": {
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "retinanet_ext": retinanet_ext.__version__,
-        },
     }
-    text = json.dumps(report, indent=2)
-    print(text)
+    print(json.dumps(report, indent=1))
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        write_results(arguments.output, report)
     return 0
-
-
-def _processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 import os
 import random
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from retinanet_ext.engine.checkpoint import (
+    VERSION,
     CheckpointError,
     build_model,
     load_checkpoint,
@@ -188,3 +192,47 @@ def test_rng_state_round_trip(tmp_path):
 def test_unknown_architecture():
     with pytest.raises(ValueError, match=r"backbone: expected one of resnet18, resnet34, .*, got 'vgg'"):
         build_model({**CONFIG, "arch": "vgg"})
+
+
+def write_for_ever(path):
+    model = nn.Linear(300, 300).requires_grad_(False)
+    for step in range(1, 1_000_000):
+        for parameter in model.parameters():
+            parameter.fill_(step)
+        save_checkpoint(path, model, {}, ["a"], step=step)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the writing process")
+def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    """Thirty times, each time from 0 to 30 ms after the file was first there."""
+    path = tmp_path / "last.pt"
+    moments = random.Random(0)
+    last = 0
+    for _ in range(30):
+        child = os.fork()
+        if child == 0:
+            try:
+                write_for_ever(path)
+            finally:
+                os._exit(1)
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(moments.random() * 0.03)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        content = load_checkpoint(path)
+        assert all((value == content["step"]).all() for value in content["model"].values())
+        last = max(last, content["step"])
+    assert last > 1
+
+
+def test_old_checkpoints_still_load(tmp_path):
+    path = tmp_path / "old.pt"
+    save_checkpoint(path, nn.Linear(1, 1), {}, ["a"])
+    content = torch.load(path, weights_only=True)
+    for name in ("ema", "progress"):
+        del content[name]
+    torch.save({**content, "version": 1}, path)
+    loaded = load_checkpoint(path)
+    assert (loaded["ema"], loaded["progress"]) == (None, None)
+    assert VERSION == 2

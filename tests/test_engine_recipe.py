@@ -3,10 +3,6 @@
 import copy
 import csv
 import math
-import os
-import random
-import signal
-import time
 
 import pytest
 import torch
@@ -16,14 +12,12 @@ from torch import nn
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
-from retinanet_ext.data import Batch, generate_shapes  # noqa: E402
-from retinanet_ext.engine import checkpoint as checkpoints  # noqa: E402
+from retinanet_ext.data import generate_shapes  # noqa: E402
 from retinanet_ext.engine import train  # noqa: E402
-from retinanet_ext.engine.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from retinanet_ext.engine.checkpoint import load_checkpoint  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, resume_config  # noqa: E402
 from retinanet_ext.engine.ema import ModelAverage  # noqa: E402
-from retinanet_ext.engine.failure import Before  # noqa: E402
-from retinanet_ext.engine.loop import NotFiniteError, train_steps  # noqa: E402
+from retinanet_ext.engine.loop import NotFiniteError  # noqa: E402
 from retinanet_ext.engine.run_folder import RunFolder  # noqa: E402
 from retinanet_ext.engine.schedule import (  # noqa: E402
     change_rate,
@@ -33,10 +27,8 @@ from retinanet_ext.engine.schedule import (  # noqa: E402
     make_scheduler,
     rate_factor,
 )
-from retinanet_ext.engine.stepper import Stepper, Taken  # noqa: E402
+from retinanet_ext.engine.stepper import Stepper  # noqa: E402
 from retinanet_ext.engine.train import Training  # noqa: E402
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -144,38 +136,6 @@ def test_a_run_killed_within_an_epoch_equals_the_uninterrupted_one(data, tmp_pat
         best["model"]["head.classification_head.cls_logits.weight"],
         last["model"]["head.classification_head.cls_logits.weight"],
     )
-
-
-def write_for_ever(path):
-    model = nn.Linear(300, 300).requires_grad_(False)
-    for step in range(1, 1_000_000):
-        for parameter in model.parameters():
-            parameter.fill_(step)
-        save_checkpoint(path, model, {}, ["a"], step=step)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the writing process")
-def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    """Thirty times, each time from 0 to 30 ms after the file was first there."""
-    path = tmp_path / "last.pt"
-    moments = random.Random(0)
-    last = 0
-    for _ in range(30):
-        child = os.fork()
-        if child == 0:
-            try:
-                write_for_ever(path)
-            finally:
-                os._exit(1)
-        while not path.exists():
-            time.sleep(0.001)
-        time.sleep(moments.random() * 0.03)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        content = load_checkpoint(path)
-        assert all((value == content["step"]).all() for value in content["model"].values())
-        last = max(last, content["step"])
-    assert last > 1
 
 
 def test_the_average_follows_the_weights():
@@ -315,98 +275,6 @@ def test_wrong_settings(changes, message):
         TrainConfig("x", **changes)
 
 
-class Linear(nn.Module):
-    """Losses of one weight and a batch norm, in the precision of the weight or of autocast."""
-
-    def __init__(self, weight=1.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((1, 1), weight))
-        self.norm = nn.BatchNorm1d(1)
-
-    def forward(self, images, targets):
-        means = torch.stack([image.mean() for image in images])[:, None]
-        self.norm(means)
-        loss = (means @ self.weight).float().square().mean()
-        return {"classification": loss, "bbox_regression": loss * 0}
-
-
-def batch_of(*values, boxes=()):
-    targets = [{"boxes": torch.tensor(boxes).reshape(-1, 4), "image_id": number} for number in range(len(values))]
-    return Batch([torch.full((3, 8, 8), value) for value in values], targets, [])
-
-
-def failure_of(model, batches, **options):
-    optimizer = make_optimizer(model, "sgd", 0.1)
-    stepper = Stepper(model, optimizer, make_scheduler(optimizer, 10, 0, "cosine"), CPU, **options)
-    with pytest.raises(NotFiniteError) as caught:
-        list(train_steps(stepper, batches, name_of="{}.jpg".format))
-    return stepper, caught.value
-
-
-good = batch_of(0.5, 0.25)
-
-
-@pytest.mark.parametrize(
-    ("model", "bad", "options", "cause"),
-    [
-        (Linear(), batch_of(0.5, math.inf), {}, "1.jpg has pixels that are not finite"),
-        (
-            Linear(),
-            batch_of(0.5, math.nan, boxes=((0.0, 0.0, 1.0, math.nan),)),
-            {},
-            "0.jpg has a box 0, (0, 0, 1, nan), that is not finite",
-        ),
-        (
-            Linear(3e38),
-            batch_of(2.0, 2.0, boxes=((3.0, 3.0, 3.0, 5.0),)),
-            {},
-            "has a box 0, (3, 3, 3, 5), without area",
-        ),
-        (
-            Linear(3e38),
-            batch_of(2.0, 2.0, boxes=((0.0, 0.0, 99.0, 5.0),)),
-            {},
-            "(0, 0, 99, 5), far outside its 8 x 8 pixels",
-        ),
-        (Linear(math.nan), good, {}, "the weights were not finite before the step (weight)"),
-        (Linear(3e38), good, {}, "training diverges (learning rate 0.1): a lower --lr"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_loss_that_is_not_finite_has_a_likely_cause(model, bad, options, cause):
-    before = copy.deepcopy(model.state_dict())
-    _, error = failure_of(model, [bad], **options)
-    assert f"Likely cause: {cause}" in str(error) or cause in str(error)
-    assert "the loss is not finite at step 1" in str(error)
-    assert (error.step, error.batches) == (0, 0)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value.nan_to_num(7), before[name].nan_to_num(7)), name
-
-
-def test_an_overflow_of_half_precision_is_named():
-    class Half(Linear):
-        def forward(self, images, targets):
-            losses = super().forward(images, targets)
-            if torch.is_autocast_enabled("cpu"):
-                losses["bbox_regression"] = losses["classification"].half() * 1e6
-            return losses
-
-    _, error = failure_of(Half(), [good], amp=True)
-    assert "an overflow in half precision: in float32 the same batch has a finite loss (--no-amp)" in str(error)
-
-
-def test_a_gradient_that_is_not_finite_is_a_failure_too():
-    class Root(Linear):
-        def forward(self, images, targets):
-            loss = (self.weight * 0).sqrt().sum() + images[0].mean()
-            return {"classification": loss, "bbox_regression": loss * 0}
-
-    model = Root()
-    _, error = failure_of(model, [good])
-    assert "the gradient is not finite at step 1: classification 0.5" in str(error)
-    assert model.weight.item() == 1.0
-
-
 def test_a_failed_step_leaves_everything_as_it_was_and_the_run_goes_on(data, tmp_path, monkeypatch):
     """The state before the step is written: mended and resumed, the run is the one that never failed."""
     config = tiny(data, validate_every=0, ema=0.9)
@@ -429,57 +297,6 @@ def test_a_failed_step_leaves_everything_as_it_was_and_the_run_goes_on(data, tmp
     assert_same_state(load_checkpoint(run.last), load_checkpoint(tmp_path / "whole" / "weights" / "last.pt"))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_a_fused_update_is_left_out_after_a_failure(name):
-    """What a GPU does, whose host reads the losses a step late."""
-    model = Linear()
-    optimizer = make_optimizer(model, name, 0.1)
-    for group in optimizer.param_groups:
-        group["fused"] = True
-    optimizer._step_supports_amp_scaling = True
-    stepper = Stepper(model, optimizer, make_scheduler(optimizer, 10, 0, "cosine"), CPU)
-    assert stepper.take([good]) is not None
-    before, moved = model.weight.item(), model.weight.item() != 1.0
-    assert moved
-    stepper.failed.fill_(1.0)
-    model.weight.grad = torch.full((1, 1), math.nan)
-    stepper._update(torch.tensor(math.nan))
-    assert model.weight.item() == before
-
-
-def test_the_average_is_as_it_was_before_a_step_that_a_gpu_found_out_late():
-    """There the average is updated before the host knows, with running statistics that the images have spoiled."""
-    model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
-    optimizer = make_optimizer(model, "sgd", 0.1)
-    average = ModelAverage(model, 0.9)
-    stepper = Stepper(model, optimizer, make_scheduler(optimizer, 10, 0, "cosine"), CPU, average=average)
-    with torch.no_grad():
-        model[0].weight.add_(1.0)
-    average.update(model, stepper.failed)
-    lerped = ModelAverage(model, 0.9)
-    lerped.load_state_dict({"model": {**average.model.state_dict(), "0.weight": model[0].weight - 1.0}, "updates": 0})
-    lerped.update(model)
-    torch.testing.assert_close(average.model[0].weight, lerped.model[0].weight)
-    expected = copy.deepcopy(average.state_dict())
-    before = Before(model, stepper.scheduler, average)
-    stepper.failed.fill_(1.0)
-    with torch.no_grad():
-        model[0].weight.add_(1.0)
-        model[1].running_mean.fill_(math.nan)
-    for _ in range(2):  # the failed step, and the one after it
-        average.update(model, stepper.failed)
-    stepper.undo(Taken(torch.zeros(5), 0.1, [], before))
-    found = average.state_dict()
-    assert found["updates"] == expected["updates"] == 1
-    for name, value in expected["model"].items():
-        assert torch.equal(found["model"][name], value), name
-    assert model[1].running_mean.item() == 0.0
-
-
-def summed(losses):
-    return losses, losses["classification"] + losses["bbox_regression"]
-
-
 def test_the_curves_are_drawn_while_the_run_goes_on(data, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("retinanet_ext.engine.recorder.plot_results", lambda *_: drawn.append(1))
@@ -488,35 +305,3 @@ def test_the_curves_are_drawn_while_the_run_goes_on(data, tmp_path, monkeypatch)
         drawn.clear()
         Training(tiny(data, epochs=2, validate_every=0), tmp_path / str(pictures), say=quiet).fit()
         assert len(drawn) == pictures
-
-
-def test_records_come_at_once_where_they_are_asked_for():
-    """A GPU's come a step late; one that a checkpoint follows does not."""
-    model = Linear()
-    optimizer = make_optimizer(model, "sgd", 0.1)
-    stepper = Stepper(model, optimizer, make_scheduler(optimizer, 10, 0, "cosine"), CPU)
-    taken = []
-    stepper.take = lambda group, take=stepper.take: (taken.append(1), take(group))[1]
-    stepper.device = torch.device("meta")  # no CPU to the loop
-    prepare = stepper.own_losses.prepare
-    stepper.own_losses.prepare = lambda batch, device: prepare(batch, CPU)
-    stepper._losses_of = lambda prepared: summed(stepper.losses(*prepared))
-    make_zeros = torch.zeros
-    seen = []
-    with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(torch, "zeros", lambda *size, device=None, **options: make_zeros(*size, **options))
-        for record in train_steps(stepper, [good] * 5, current_at=lambda step: step == 3):
-            seen.append((record.step, len(taken)))
-    assert seen == [(1, 2), (2, 3), (3, 3), (4, 5), (5, 5)]
-
-
-def test_old_checkpoints_still_load(tmp_path):
-    path = tmp_path / "old.pt"
-    save_checkpoint(path, nn.Linear(1, 1), {}, ["a"])
-    content = torch.load(path, weights_only=True)
-    for name in ("ema", "progress"):
-        del content[name]
-    torch.save({**content, "version": 1}, path)
-    loaded = load_checkpoint(path)
-    assert (loaded["ema"], loaded["progress"]) == (None, None)
-    assert checkpoints.VERSION == 2

@@ -122,12 +122,34 @@ def test_the_machine_and_the_day_stand_with_the_figures(report, folder):
     )
 
 
+def test_images_a_second(report, folder):
+    content = json.loads((folder / "some-cpu.json").read_text())
+    content["results"] = [{**content["results"][0], "case": "loader, 2 workers", "details": {"images": 32}}]
+    content["results"][0]["ours"]["median"] = 250.0
+    (folder / "loading.json").write_text(json.dumps(content))
+    assert report.images("loading", folder).splitlines()[2:] == ["| loader, 2 workers | 128 |"]
+
+
+def test_a_row_a_training_run_and_what_they_have_together(report, folder):
+    facts = {name: json.loads((folder / "some-cpu.json").read_text())[name] for name in ("date", "machine")}
+    for seed, score in ((0, 0.5), (1, 0.25)):
+        side = {"AP": score, "AP50": 2 * score, "seconds_per_step_median": 1.5 - score}
+        theirs = {**side, "AP": score - 0.125}
+        run = {**facts, "recipe": {"seed": seed}, "retinanet_ext": side, "torchvision": theirs}
+        (folder / f"run{seed}.json").write_text(json.dumps(run))
+    _, _, first, _, mean, extent = report.training("run0, run1", folder).splitlines()
+    assert first.split(" | ")[1:] == ["0.500", "0.375", "1.000", "1.000", "1.000", "1.000 |"]
+    assert mean.split(" | ")[:3] == ["| mean", "0.375", "0.250"]
+    assert extent.split(" | ")[:3] == ["| lowest to highest", "0.250 to 0.500", "0.125 to 0.375"]
+    assert "commit 012345678; [results]" in report.machine("run0", folder)
+
+
 @pytest.mark.parametrize(
     ("page", "message"),
     [
         ("<!-- cases other: nms* -->\n<!-- end -->\n", "other.json: there is no such results file"),
         ("<!-- cases some-cpu: focal* -->\n<!-- end -->\n", "no case matches 'focal\\*'"),
-        ("<!-- chart some-cpu -->\n<!-- end -->\n", "expected one of cases, memory, machine"),
+        ("<!-- chart some-cpu -->\n<!-- end -->\n", "expected one of cases, memory, images, machine"),
         ("<!-- cases some-cpu: nms* -->\n", "1 blocks begin, and 0 end"),
     ],
 )
@@ -162,6 +184,6 @@ def test_the_evaluations_rows(report, tmp_path):
     header, _, *rows = report.evaluation("a", tmp_path).splitlines()
     assert header == "| 5,000 images, 500,000 detections, 36,604 objects, 80 classes | seconds | of the processor |"
     assert rows == ["| `score_detections` | 9.5 | 8 |", "| `match_detections` | 9.5 | 8 |"]
-    content.update(pycocotools={"seconds": 80.0, "processor_seconds": 70.0}, versions={"pycocotools": "2.0.11"})
+    content.update(pycocotools={"seconds": 80.0, "processor_seconds": 70.0}, machine={"pycocotools": "2.0.11"})
     (tmp_path / "a.json").write_text(json.dumps(content))
     assert report.evaluation("a", tmp_path).splitlines()[-1] == "| pycocotools 2.0.11 | 80 | 70 |"
