@@ -1,5 +1,7 @@
-"""How the cost of each operator grows with one number, over three decades, beside torchvision's; `python -m
-benchmarks.report` plots it.
+"""How the cost of each operator grows with one number, beside torchvision's; `python -m benchmarks.report` plots it.
+
+Over three decades and more of it, or of the anchors, which go with the square of an image's side. `match_anchors`,
+which is `assign_targets` without its labels, has no curve of its own.
 
 Where a call of torchvision's takes seconds on the CPU, or more memory than there is, it is left out, with the reason.
 """
@@ -12,10 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import bench_anchor_match
+import bench_box_coder
 import bench_box_iou
 import bench_box_loss
 import bench_detect
 import bench_focal_loss
+import bench_multilevel_focal_loss
 import bench_nms
 import pytest
 import torch
@@ -60,6 +64,29 @@ def focal(rows: int, classes: int, device: torch.device):
     return ours, peer, agree, logits.numel(), 8 * logits.numel() + 8 * rows
 
 
+def grids_of(side: int) -> list[tuple[int, int]]:
+    """Of P3 to P7 of a square image."""
+    return [(-(-side // stride), -(-side // stride)) for stride in (8, 16, 32, 64, 128)]
+
+
+def focal_of_levels(side: int, device: torch.device):
+    bench = bench_multilevel_focal_loss
+    levels, targets, normalizer = bench.make_case((grids_of(side), 1), torch.float32, torch.contiguous_format, device)
+
+    def loss(leaves):
+        return retinanet_ext.multilevel_focal_loss(leaves, targets, normalizer=normalizer)
+
+    def agree(mine, other):
+        for one, two in zip(mine, other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
+
+    peer = None
+    if has_torchvision():
+        peer = dict(bench.peers(levels, targets, normalizer, backward=True, timed=False))["torchvision"]
+    elements = sum(level.numel() for level in levels)
+    return bench.make_call(loss, levels, backward=True), peer, agree, elements, 8 * elements + 8 * targets.numel()
+
+
 def matching(image: tuple[int, int], count: int, device: torch.device):
     anchors, boxes, labels = bench_anchor_match.make_case((image, 1, count), device)
 
@@ -77,8 +104,7 @@ def matching(image: tuple[int, int], count: int, device: torch.device):
 
 
 def box_loss(side: int, device: torch.device):
-    grids = [(-(-side // stride), -(-side // stride)) for stride in (8, 16, 32, 64, 128)]
-    levels, *others = bench_box_loss.make_case((grids, 1), torch.float32, torch.contiguous_format, device)
+    levels, *others = bench_box_loss.make_case((grids_of(side), 1), torch.float32, torch.contiguous_format, device)
     anchors, gt_boxes, matched, normalizer = others
 
     def loss(leaves):
@@ -104,9 +130,29 @@ def suppression(variant: str, count: int, device: torch.device):
     return functools.partial(getattr(retinanet_ext, variant), *arguments), peer, bench_nms.agree, count, 28 * count
 
 
-def post_processing(batch: int, classes: int, device: torch.device):
+def padded_suppression(batch: int, device: torch.device):
+    count, most = 1000, 100
+    images = [[value.roll(37 * image, 0) for image in range(batch)] for value in bench_nms.make_case(count, device)]
+    boxes, scores, labels = map(torch.stack, images)
+    ours = functools.partial(retinanet_ext.batched_nms_padded, boxes, scores, labels, 0.5, most)
+    peer = functools.partial(bench_nms.suppress_each, boxes, scores, labels, most) if has_torchvision() else None
+    return ours, peer, bench_nms.agree_padded, batch * count, batch * (28 * count + 8 * most)
+
+
+def coding(task: str, count: int, device: torch.device):
+    arguments = bench_box_coder.make_case(task, count, torch.float32, device)
+    ours = bench_box_coder.make_call(bench_box_coder.FUNCTIONS[task], arguments, backward=False)
+    peer = dict(bench_box_coder.peers(task, arguments, backward=False, timed=False))["torchvision"]
+
+    def agree(mine, other):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6 * other.abs().max().item())
+
+    return ours, peer if has_torchvision() else None, agree, count, 48 * count
+
+
+def post_processing(side: int, batch: int, classes: int, device: torch.device):
     mean = bench_detect.DENSITIES[""]
-    case = ((320, 320), batch, classes)
+    case = ((side, side), batch, classes)
     logits, deltas, anchors, sizes = bench_detect.make_case(case, mean, torch.float32, device)
     peer = bench_detect.torchvision_call(logits, deltas, anchors, sizes, classes) if has_torchvision() else None
     elements = sum(level.numel() for level in logits)
@@ -135,6 +181,9 @@ CURVES = {
     "sigmoid_focal_loss, forward and backward, 10,000 rows": Curve(
         "classes K", (1, 10, 100, 1000), lambda x, device: focal(10_000, x, device)
     ),
+    "multilevel_focal_loss, forward and backward, 80 classes": Curve(
+        "side of the image, pixels", (64, 256, 1024, 2048), focal_of_levels
+    ),
     "assign_targets, 201,600 anchors": Curve(
         "boxes M",
         (1, 10, 100, 1000, 5000),
@@ -150,6 +199,12 @@ CURVES = {
         SECONDS,
     ),
     "box_regression_loss, forward and backward": Curve("side of the image, pixels", (64, 256, 1024, 4096), box_loss),
+    "encode_boxes": Curve(
+        "boxes N", (100, 1000, 10_000, 100_000, 1_000_000), lambda x, device: coding("encode", x, device)
+    ),
+    "decode_boxes": Curve(
+        "boxes N", (100, 1000, 10_000, 100_000, 1_000_000), lambda x, device: coding("decode", x, device)
+    ),
     "box_iou, N x N": Curve("boxes N", (10, 100, 1000, 10_000), pairs),
     "nms": Curve(
         "boxes N", (100, 1000, 10_000, 100_000), lambda x, device: suppression("nms", x, device), 10_000, SECONDS
@@ -157,11 +212,12 @@ CURVES = {
     "batched_nms, 80 classes": Curve(
         "boxes N", (100, 1000, 10_000, 100_000), lambda x, device: suppression("batched_nms", x, device)
     ),
-    "detect, 320 x 320, 80 classes": Curve(
-        "images B", (1, 4, 16, 64), lambda x, device: post_processing(x, 80, device)
+    "batched_nms_padded, 1,000 boxes an image": Curve("images B", (1, 10, 100, 1000), padded_suppression),
+    "detect, 128 x 128, 80 classes": Curve(
+        "images B", (1, 10, 100, 1000), lambda x, device: post_processing(128, x, 80, device)
     ),
     "detect, 320 x 320, one image": Curve(
-        "classes K", (1, 10, 100, 1000), lambda x, device: post_processing(1, x, device)
+        "classes K", (1, 10, 100, 1000), lambda x, device: post_processing(320, 1, x, device)
     ),
 }
 

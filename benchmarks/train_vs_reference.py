@@ -52,7 +52,7 @@ def timed(call: Callable[[], object]) -> tuple[object, float]:
 
 
 class Recorder:
-    """Stands between the model and its operators: how long they took, backward included where `backward` is set."""
+    """Stands between the model and its operators: how long they took, forward."""
 
     def __init__(self, model: torch.nn.Module, method: str):
         self.seconds = 0.0

@@ -201,7 +201,10 @@ def main() -> int:
     total_steps = arguments.steps or steps_per_epoch * arguments.epochs
     contestants = make_contestants(arguments, train_set, total_steps, device)
     if arguments.float64_steps:
-        print(json.dumps(compare_in_float64(contestants, arguments.float64_steps), indent=2))
+        report = {**facts, **compare_in_float64(contestants, arguments.float64_steps)}
+        print(json.dumps(report, indent=1))
+        if arguments.output is not None:
+            write_results(arguments.output, report)
         return 0
     start = time.perf_counter()
     for epoch in range(-(-total_steps // steps_per_epoch)):

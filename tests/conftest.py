@@ -1,4 +1,4 @@
-"""Options, markers and fixtures of all tests, and the build of the C++ test modules."""
+"""What many tests share: the skip of `cuda` tests without a GPU, fixtures, and the build of the C++ test modules."""
 
 from __future__ import annotations
 

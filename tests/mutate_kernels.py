@@ -1,15 +1,16 @@
 """Mutation proof of the CUDA kernels: without one of its barriers, or with a bound shifted by one, a test must fail.
 
-    python tests/mutate_kernels.py                                  # every kernel: more than an hour on two cores
+    python tests/mutate_kernels.py -j 2                             # every kernel: half an hour to an hour on two cores
     python tests/mutate_kernels.py --only focal_loss_kernel.cuh:__syncthreads
     python tests/mutate_kernels.py --list                           # what would be changed, and what is left out
 
 Works on temporary copies. Each mutant (kernel_mutants.py) of each csrc/*/*_kernel.cuh, and of the .cuh headers they
-include, is compiled into the emulator modules that include the file, and the tests that use these modules run until one
-fails: the quick ones plain; the quick ones with AddressSanitizer and UndefinedBehaviorSanitizer, for the emulator's
-buffers have their exact sizes, so that one element too far is an error there; and for survivors all others, plain and
-with the sanitizers. A test that hangs has failed. Mutants that change nothing anyone can see are listed, with the
-reason, in mutation_exceptions.json. Exit status: 0 when no other mutant survived.
+include, meets the tests that reach it until one fails: those that killed its like, the quick ones, the others, each
+time plain and then with AddressSanitizer and UndefinedBehaviorSanitizer, for the emulator's buffers have their exact
+sizes, so that one element too far is an error there. All are compiled at once, each behind a number; what must be
+constant is compiled alone. A test that hangs has failed. Mutants that change nothing anyone can see are listed, with
+the reason, in mutation_exceptions.json. Exit status: 1 where another one survived, an exception is of no line any
+more, or (--check-exceptions) a listed one was killed; else 0.
 
 As the tests themselves, it needs the installed package and pip install "retinanet_ext[test]".
 """

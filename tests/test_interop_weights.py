@@ -253,6 +253,56 @@ def as_arrays(weights):
     return {name: value.numpy() for name, value in weights.items()}
 
 
+def classifier_weights(model):
+    """A ResNet classifier's, by torchvision's names."""
+    prefix = "backbone.body."
+    body = {n.removeprefix(prefix): v.clone() for n, v in model.state_dict().items() if n.startswith(prefix)}
+    return {**body, "fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen_batch"])
+def test_a_classifier_becomes_the_backbone(norm):
+    builder = models.retinanet_resnet18_fpn
+    source, model, untouched = (make_model(builder, seed, norm=norm) for seed in (0, 1, 1))
+    report = load_weights(model, classifier_weights(source))
+    assert report.layout == "resnet"
+    assert report.unexpected == ["fc.weight", "fc.bias"]
+    for name, value in model.state_dict().items():
+        in_body = name.startswith("backbone.body.")
+        assert (name in report.missing) is not (in_body or name.endswith("num_batches_tracked")), name
+        assert torch.equal(value, (source if in_body else untouched).state_dict()[name]), name
+
+
+def test_group_norm_takes_nothing_of_batch_norm():
+    """The names and shapes of weight and bias are the same."""
+    builder = models.retinanet_resnet18_fpn
+    source, model, untouched = (
+        make_model(builder),
+        make_model(builder, 1, norm="group"),
+        make_model(builder, 1, norm="group"),
+    )
+    report = load_weights(model, classifier_weights(source))
+    assert {"bn1.weight", "bn1.bias", "bn1.running_mean"} <= {
+        n.removeprefix("backbone.body.") for n in report.unexpected
+    }
+    for name, value in model.backbone.body.state_dict().items():
+        taken = "conv" in name or name.endswith("downsample.0.weight")
+        assert torch.equal(value, (source if taken else untouched).backbone.body.state_dict()[name]), name
+        assert (f"backbone.body.{name}" in report.missing) is not taken
+
+
+@pytest.mark.parametrize(("of_file", "of_model"), [("size", "ratio"), ("ratio", "size"), ("size", "size")])
+def test_a_checkpoint_of_this_library_says_how_its_anchors_are_ordered(of_file, of_model, tmp_path):
+    builder, path = models.retinanet_resnet18_fpn, tmp_path / "best.pt"
+    source, model = make_model(builder, anchor_order=of_file), make_model(builder, 1, anchor_order=of_model)
+    save_checkpoint(path, source, {"backbone": "resnet18", "anchor_order": of_file}, ["a"])
+    report = load_weights(model, path)
+    assert len(report.reordered) == (0 if of_file == of_model else 4)
+    for name, value in source.state_dict().items():
+        moved = any(part in name for part in OUTPUTS) and of_file != of_model
+        assert torch.equal(model.state_dict()[name], by_size(value) if moved else value), name
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy", "pkl", "wrapped", "state_dict", "parallel", "own", "numpy in pth"])
 def test_file_formats(form, tmp_path):
     model = make_model(models.retinanet_resnet18_fpn)

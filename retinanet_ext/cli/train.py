@@ -18,14 +18,15 @@ def add_parser(commands) -> None:
         "  retinanet-ext train data.yaml --epochs 50 --run-dir runs/yolo_data\n"
         "  retinanet-ext train cells --arch resnet18 --min-size 240 --max-size 320 "
         "--anchor-sizes 16 32 64 128 256\n"
+        "  retinanet-ext train cells --arch resnet50 --weights resnet50.pth\n"
         "  retinanet-ext train --resume runs/train\n"
         "  torchrun --nproc-per-node=8 -m retinanet_ext train train.json --val-data val.json --batch-size 16\n"
         "docs/training.md says what each option does and when it helps.",
-        "Train a RetinaNet from random weights. The run folder receives args.json, results.csv (an epoch a "
-        "row), steps.csv, results.png, labels.png, train_batch*.jpg, problems.txt, weights/last.pt (the whole state, "
-        "for --resume), weights/best.pt (the model of the best validation AP), and of the best epoch metrics.json, "
-        "per_class.csv, detections.json, PR_curve.png, confusion_matrix.png, scores.png and val_batch*.jpg; "
-        "TensorBoard's events where it is installed.",
+        "Train a RetinaNet, from random weights unless --weights names others. The run folder receives args.json, "
+        "results.csv (an epoch a row), steps.csv, results.png, labels.png, train_batch*.jpg, problems.txt, "
+        "weights/last.pt (the whole state, for --resume), weights/best.pt (the model of the best validation AP), and "
+        "of the best epoch metrics.json, per_class.csv, detections.json, PR_curve.png, confusion_matrix.png, "
+        "scores.png and val_batch*.jpg; TensorBoard's events where it is installed.",
         # Defaults are TrainConfig's: what is not typed is not there, so that --resume knows what was asked of it.
         argument_default=argparse.SUPPRESS,
     )
@@ -54,6 +55,13 @@ def add_parser(commands) -> None:
         "matching as this library's)",
     )
     model.add_argument("--norm", choices=tuple(NORMS), help="of the backbone (default: batch)")
+    model.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="start from these: a run or a checkpoint of this library, a RetinaNet of torchvision, detectron2 or "
+        "mmdet, or a ResNet classifier, for the backbone; what does not fit, such as the last layer for other "
+        "classes, starts random (default: all of it)",
+    )
     model.add_argument(
         "--min-size",
         type=int,

@@ -25,6 +25,7 @@ class TrainConfig:
     raises SettingError.
 
     `preset`: whose conventions the model has, see `RetinaNetConfig.preset`; None: the defaults of `RetinaNetConfig`.
+    `weights`: a file or a run folder to start from, see `interop.load_weights`; None: random weights.
     `data`, `images`, `split`: see `data.open_dataset`; `val_*` likewise, `val_data` None: `data`.
     `anchor_sizes`: the smallest anchor side of each of the five levels in pixels; each level has it times 1,
     2^(1/3) and 2^(2/3). `min_size`: sides the shorter image side is resized to; of several, training draws
@@ -47,6 +48,7 @@ class TrainConfig:
     preset: str | None = None
     arch: str = "resnet50"
     norm: str = "batch"
+    weights: str | None = None
     min_size: tuple[int, ...] = (800,)
     max_size: int = 1333
     anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
@@ -130,7 +132,7 @@ class TrainConfig:
 
     def to_args(self) -> dict[str, Any]:
         """What args.json holds: the fields, paths made absolute, so that a run goes on from any folder."""
-        names = ("data", "images", "val_data", "val_images")
+        names = ("data", "images", "val_data", "val_images", "weights")
         paths = {name: os.path.abspath(value) for name in names if (value := getattr(self, name)) is not None}
         return {**asdict(self), **paths}
 

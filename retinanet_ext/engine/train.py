@@ -6,7 +6,8 @@ index), the rest of the state from the checkpoint written after each epoch and, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from retinanet_ext.data import (
     open_dataset,
 )
 from retinanet_ext.data.extras import require_all
+from retinanet_ext.interop.weights import load_start_weights, start_layout
 
 from .checkpoint import (
     CheckpointError,
     build_model,
+    find_weights,
     load_checkpoint,
     load_state,
     rng_state,
@@ -87,6 +90,15 @@ def augmentation(config: TrainConfig) -> Transform:
     return Compose([*jitter, RandomHorizontalFlip(config.hflip), RandomVerticalFlip(config.vflip)])
 
 
+@contextmanager
+def _naming(weights: Path) -> Iterator[None]:
+    """Errors of the file that --weights names."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"--weights {weights}: {str(error).removeprefix(f'{weights}: ')}") from error
+
+
 class Training:
     """One run: the objects that take part, made anew or from the last checkpoint, and the loop over
     epochs. Every process of a run has one; see `World` for what they share."""
@@ -112,6 +124,10 @@ class Training:
         checkpoint = self.world.share(self._resumed_checkpoint() if resume and self.world.is_main else None)
         if checkpoint is not None and config.epochs < checkpoint["epoch"]:
             raise SettingError("epochs", f"the run has finished {checkpoint['epoch']} already, got {config.epochs}")
+        if config.weights is not None and checkpoint is None and self.world.is_main:
+            path = find_weights(config.weights)
+            with _naming(path):
+                start_layout(path)  # a mistake is found before a large set is looked through
         # One process looks at the files: all have the same images then, and each problem is reported once.
         self.train_set, self.val_set = self.world.share(self._open_datasets(resume) if self.world.is_main else None)
         if checkpoint is not None and checkpoint["class_names"] != self.train_set.class_names:
@@ -132,7 +148,7 @@ class Training:
         )
         self.steps_an_epoch = -(-len(self.loader) // config.accumulate)
         self.model_config = config.model_config(len(self.train_set.class_names))
-        self.stepper = self._make_stepper()
+        self.stepper = self._make_stepper(new=checkpoint is None)
         self.model, self.average = self.stepper.model, self.stepper.average
         self.epoch, self.step, self.best = 0, 0, -math.inf
         # Of the epoch that is under way: batches done, and means. Validations since the best one.
@@ -166,10 +182,14 @@ class Training:
             self.run.problems.unlink(missing_ok=True)
         return open_datasets(self.config, None if resume else self.run, self.say)
 
-    def _make_stepper(self) -> Stepper:
+    def _make_stepper(self, new: bool) -> Stepper:
+        """The model and what trains it; `new`: no checkpoint's weights will follow."""
         config = self.config
         torch.manual_seed(config.seed)
-        model = build_model(self.model_config).to(self.device)
+        model = build_model(self.model_config)
+        if new and config.weights is not None:
+            self._load_weights(model)
+        model = model.to(self.device)
         if config.sync_batch_norm and self.world.size > 1:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if config.channels_last:
@@ -191,6 +211,14 @@ class Training:
             average=None if config.ema is None else ModelAverage(model, config.ema),
             compiled=config.compile,
         )
+
+    def _load_weights(self, model: torch.nn.Module) -> None:
+        """Weights to start from, which the main process alone reads."""
+        if self.world.is_main:
+            path = find_weights(self.config.weights)
+            with _naming(path):
+                self.say(f"{path}: {load_start_weights(model, path)}")
+        model.load_state_dict(self.world.share(model.state_dict() if self.world.is_main else None))
 
     def _resumed_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint of the run; None for a run that ended before it had written one."""

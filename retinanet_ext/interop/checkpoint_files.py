@@ -104,6 +104,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     No code in the file is run: only tensors, arrays, numbers, texts and containers are made; objects of any other
     class (an optimizer's, a config's, a logger's) are passed over.
     """
+    return read_weights_and_order(path)[0]
+
+
+def read_weights_and_order(path: str | Path) -> tuple[dict[str, Tensor], str | None]:
+    """What `read_weights` returns, and how the saved model orders the anchors of a cell ("ratio" or "size", see
+    `models.AnchorGenerator`): a checkpoint of this library says so; None for any other file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -113,6 +119,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             AttributeError, ImportError, UnicodeDecodeError, MemoryError) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: cannot be read as a checkpoint: {reason}") from error
+    order = _anchor_order(content)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -122,7 +129,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: holds no weights: expected names and tensors, found {_what_is_held(content)}")
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights
+    return weights, order
+
+
+def _anchor_order(content: Any) -> str | None:
+    config = content.get("model_config") if isinstance(content, Mapping) else None
+    return config.get("anchor_order", "ratio") if isinstance(config, Mapping) else None
 
 
 def _what_is_held(content: Any) -> str:

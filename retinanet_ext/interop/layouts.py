@@ -63,12 +63,20 @@ _MMDET: list[Rule] = [
     (r"bbox_head\.retina_cls\.(weight|bias)", _CLASS + r".cls_logits.\1"),
     (r"bbox_head\.retina_reg\.(weight|bias)", _BOX + r".bbox_reg.\1"),
 ]
-LAYOUTS: dict[str, list[Rule]] = {"torchvision": _TORCHVISION, "detectron2": _DETECTRON2, "mmdet": _MMDET}
+# A classifier's: the backbone is all of it that a RetinaNet has a place for.
+_RESNET: list[Rule] = [(r"((?:conv1|bn1|layer[1-4])\..+)", r"backbone.body.\1")]
+LAYOUTS: dict[str, list[Rule]] = {
+    "torchvision": _TORCHVISION,
+    "detectron2": _DETECTRON2,
+    "mmdet": _MMDET,
+    "resnet": _RESNET,
+}
 # A name that the others have not.
 _TELLING = {
     "detectron2": r"backbone\.bottom_up\.|head\.(cls|bbox)_subnet\.|backbone\.fpn_lateral",
     "mmdet": r"bbox_head\.|neck\.",
     "torchvision": r"backbone\.(body|fpn)\.|head\.(classification|regression)_head\.",
+    "resnet": r"conv1\.weight|layer[1-4]\.0\.conv1\.weight",
 }
 
 
@@ -79,7 +87,8 @@ def recognise(weights: Mapping[str, Tensor]) -> str:
             return layout
     some = ", ".join(list(weights)[:4])
     raise ValueError(
-        f"weights: expected names of a RetinaNet of torchvision, detectron2, mmdet or this library, got {some}, ..."
+        "weights: expected names of a RetinaNet of torchvision, detectron2, mmdet or this library, or of a ResNet, got "
+        f"{some}, ..."
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models import RetinaNet
-from .checkpoint_files import read_weights
+from .checkpoint_files import read_weights_and_order
 from .layouts import ANCHOR_ORDERS, LAYOUTS, recognise, rename, reorder_anchors, take_rgb_images
 
 _COUNTER = "num_batches_tracked"  # of trainable BatchNorm: a count that nothing is computed from
@@ -21,7 +21,7 @@ class LoadReport:
     """What became of a checkpoint's weights.
 
     Attributes:
-        layout: whose names they had: "torchvision" (this library's too), "detectron2" or "mmdet".
+        layout: whose names they had: "torchvision" (this library's too), "detectron2", "mmdet" or "resnet".
         loaded: names, this library's, of what was loaded.
         missing: of what the checkpoint has nothing for, and was left as it was.
         unexpected: names in the checkpoint that the model has no place for.
@@ -57,18 +57,19 @@ def load_weights(
     layout: str | None = None,
     bgr_images: bool | None = None,
 ) -> LoadReport:
-    """Loads a RetinaNet checkpoint of torchvision, detectron2, mmdet or this library.
+    """Loads a RetinaNet checkpoint of torchvision, detectron2, mmdet or this library, or a ResNet's into the backbone.
 
     What the model and the checkpoint share is loaded: with another number of classes everything but the last layer of
-    the class subnet, with other anchors also that of the box subnet. The model must be built as the checkpoint's was
-    for its outputs to be the same; see docs/interop.md.
+    the class subnet, with other anchors also that of the box subnet. BatchNorm's weights stay out of GroupNorm. The
+    model must be built as the checkpoint's was for its outputs to be the same; see docs/interop.md.
 
     Args:
         model: takes the weights, where it is and in its type.
         checkpoint: a file that `read_weights` reads, or names and tensors.
-        layout: whose names they are, "torchvision", "detectron2" or "mmdet"; found out unless given. torchvision's
-            names are this library's too: for a model whose anchors are ordered by size, say "torchvision" of a file of
-            torchvision's, whose channels are then put in order.
+        layout: whose names they are, "torchvision", "detectron2", "mmdet" or "resnet" (torchvision's and timm's
+            classifiers); found out unless given. torchvision's names are this library's too: for a model whose anchors
+            are ordered by size, say "torchvision" of a file of torchvision's, whose channels are then put in order. A
+            checkpoint of this library says how its anchors are ordered.
         bgr_images: of detectron2's layout, whether the checkpoint was trained on images in the order blue, green,
             red, as its model zoo was (the default). The first convolution is turned round, and takes this library's
             images, whose pixels are divided by ImageNet's deviation.
@@ -82,8 +83,9 @@ def load_weights(
     """
     if not isinstance(model, RetinaNet):
         raise TypeError(f"load_weights: model: expected a retinanet_ext.models.RetinaNet, got {type(model).__name__}")
+    order = None
     if not isinstance(checkpoint, Mapping):
-        checkpoint = read_weights(checkpoint)
+        checkpoint, order = read_weights_and_order(checkpoint)
     told = layout is not None
     if not told:
         layout = recognise(checkpoint)
@@ -94,9 +96,10 @@ def load_weights(
     weights, unknown = rename(checkpoint, layout)
     report = LoadReport(layout)
     generator = model.anchor_generator
-    # Files of this library have torchvision's names, and their own model's order.
-    own = layout == "torchvision" and not told
-    if generator.order != ANCHOR_ORDERS[layout] and not own:
+    if order is None:
+        # torchvision's names are this library's too: unless told, they are of a model such as this one.
+        order = generator.order if layout == "torchvision" and not told else ANCHOR_ORDERS.get(layout, generator.order)
+    if generator.order != order:
         counts = len(generator.sizes[0]), len(generator.aspect_ratios)
         report.reordered = reorder_anchors(weights, *counts, generator.order)
     if layout == "detectron2":
@@ -111,17 +114,35 @@ def load_weights(
     return report
 
 
+def load_start_weights(model: RetinaNet, path: str | Path) -> LoadReport:
+    """`load_weights` of a file, to start a training from: what has torchvision's names and is no checkpoint of this
+    library is torchvision's, also for a model that orders its anchors by size."""
+    return load_weights(model, path, layout=start_layout(path))
+
+
+def start_layout(path: str | Path) -> str | None:
+    """What `load_weights` is to be told of a file to start from. Raises its errors of files that do not do for any
+    model."""
+    weights, order = read_weights_and_order(path)
+    layout = recognise(weights)
+    return layout if order is None else None
+
+
 def _sort_out(report: LoadReport, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """What fits, and what does not."""
+    mean = "running_mean"
+    # BatchNorm's in the checkpoint, GroupNorm's here: the same names and shapes, another meaning.
+    other_norms = {name.removesuffix(mean) for name in weights if name.endswith(mean) and name not in own}
     for name, value in weights.items():
-        if name not in own:
+        if name not in own or f"{name.rpartition('.')[0]}." in other_norms:
             if not name.endswith(_COUNTER):
                 report.unexpected.append(name)
         elif value.shape != own[name].shape:
             report.reshaped[name] = (list(value.shape), list(own[name].shape))
         else:
             report.loaded.append(name)
-    report.missing = [name for name in own if name not in weights and not name.endswith(_COUNTER)]
+    placed = {*report.loaded, *report.reshaped}
+    report.missing = [name for name in own if name not in placed and not name.endswith(_COUNTER)]
 
 
 def save_torchvision_weights(path: str | Path, model: RetinaNet) -> None:
