@@ -5,7 +5,8 @@
 Both get ResNet-18 with trainable BatchNorm, the same anchors, the same initial weights (unless
 --own-weights), the same loader, order, flips, optimizer and schedule, and are scored by the same code. They
 train an epoch each in turn, the first one alternating, so that whatever else the machine does falls on both
-alike. Seconds a step are medians over the steps; data loading counts for both.
+alike. On the CPU both keep freed memory for the next step, as `retinanet-ext train` does. Seconds a step are medians over
+the steps; data loading counts for both.
 
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --float64-steps 30
 
@@ -38,6 +39,7 @@ from retinanet_ext.data import (
     make_loader,
     open_dataset,
 )
+from retinanet_ext.engine.allocator import keep_freed_memory
 from retinanet_ext.engine.checkpoint import build_model
 from retinanet_ext.engine.config import octaves
 from retinanet_ext.engine.evaluate import Evaluation, evaluate, format_metrics
@@ -195,6 +197,8 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     facts = origin()
+    if device.type == "cpu":
+        keep_freed_memory()
     train_set = open_dataset(arguments.data, "train")
     val_set = open_dataset(arguments.data, "val", class_names=train_set.class_names)
     steps_per_epoch = max(1, len(train_set) // arguments.batch_size)
