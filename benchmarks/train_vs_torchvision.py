@@ -5,8 +5,8 @@
 Both get ResNet-18 with trainable BatchNorm, the same anchors, the same initial weights (unless
 --own-weights), the same loader, order, flips, optimizer and schedule, and are scored by the same code. They
 train an epoch each in turn, the first one alternating, so that whatever else the machine does falls on both
-alike. On the CPU both keep freed memory for the next step, as `retinanet-ext train` does. Seconds a step are medians over
-the steps; data loading counts for both.
+alike. On the CPU both keep freed memory for the next step, as `retinanet-ext train` does. Seconds a step are medians
+over the steps; data loading counts for both.
 
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --float64-steps 30
 
