@@ -11,6 +11,7 @@ benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
     <!-- images FILE: PATTERN, PATTERN ... -->    a row a case of bench_loading.py: images a second
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
+    <!-- drift FILE -->                           losses by epoch of a run of train_vs_torchvision.py
     <!-- reference FILE -->                       train_vs_reference.py
     <!-- profile FILE -->                         profile_step.py
     <!-- evaluation FILE -->                      evaluation_speed.py
@@ -197,6 +198,15 @@ def training(what: str, folder: Path) -> str:
     return table(header, rows)
 
 
+def drift(what: str, folder: Path) -> str:
+    report = read(what.strip(), folder)
+    sides = {name: part["epoch_losses"] for name, part in report.items() if "epoch_losses" in part}
+    rows = [
+        [f"{epoch}", *map(number, losses)] for epoch, losses in enumerate(zip(*sides.values(), strict=True), start=1)
+    ]
+    return table(["mean loss of epoch", *sides], rows)
+
+
 def reference(what: str, folder: Path) -> str:
     report = read(what.strip(), folder)
     steps, images = report["training"], report["prediction"]
@@ -270,6 +280,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "images": images,
     "machine": machine,
     "training": training,
+    "drift": drift,
     "reference": reference,
     "profile": profile,
     "evaluation": evaluation,

@@ -11,10 +11,16 @@ over the steps; data loading counts for both.
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --float64-steps 30
 
 trains both in float64, a step each in turn, and says how far their weights are apart: whether the two trainings are the
-same computation, which rounding hides in float32.
+same computation, which rounding hides in float32. And
+
+    python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --epochs 2 --twins
+
+trains torchvision's model twice, the second time from weights that differ from the first's in their last place alone:
+how far rounding drives two runs of one computation apart.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -69,6 +75,7 @@ class Contestant:
     def summary(self) -> dict[str, Any]:
         """AP, AP50, steps and times of this contestant."""
         seconds = [record.seconds for record in self.records]
+        epoch = len(self.loader)
         return {
             **{key: round(value, 4) for key, value in self.result.metrics.items()},
             "per_class_AP": {row["class"]: round(row["AP"], 4) for row in self.result.per_class},
@@ -78,7 +85,10 @@ class Contestant:
             "train_seconds": round(sum(seconds), 1),
             "predict_seconds_per_image": round(self.result.seconds / self.result.images, 4),
             "first_losses": [round(r.total, 5) for r in self.records[:3]],
-            "last_epoch_loss": round(statistics.fmean(r.total for r in self.records[-len(self.loader) :]), 4),
+            "epoch_losses": [
+                round(statistics.fmean(r.total for r in self.records[first : first + epoch]), 4)
+                for first in range(0, len(self.records), epoch)
+            ],
         }
 
 
@@ -96,10 +106,18 @@ def torchvision_model(num_classes: int, min_size: int, max_size: int, anchor_siz
     return TorchvisionRetinaNet(backbone, num_classes, min_size=min_size, max_size=max_size, anchor_generator=anchors)
 
 
+@torch.no_grad()
+def change_last_places(model: nn.Module) -> nn.Module:
+    """Each weight one unit in the last place, or none, away from what it was."""
+    for parameter in model.parameters():
+        parameter.mul_(1 + torch.finfo(parameter.dtype).eps * torch.randint(-1, 2, parameter.shape))
+    return model
+
+
 def make_contestants(
     arguments: argparse.Namespace, train_set: DetectionDataset, total_steps: int, device: torch.device
 ) -> list[Contestant]:
-    """Ours first, torchvision's second, with the same weights unless told otherwise."""
+    """Ours first, torchvision's second, with the same weights unless told otherwise; or torchvision's twice."""
     anchor_sizes = octaves(arguments.anchor_sizes)
     num_classes = len(train_set.class_names)
     torch.manual_seed(arguments.seed)
@@ -116,8 +134,11 @@ def make_contestants(
     )
     if not arguments.own_weights:
         ours.load_state_dict(theirs.state_dict())
+    sides = {"retinanet_ext": ours, "torchvision": theirs}
+    if arguments.twins:
+        sides = {"torchvision": theirs, "torchvision, last places changed": change_last_places(copy.deepcopy(theirs))}
     contestants = []
-    for name, model in (("retinanet_ext", ours), ("torchvision", theirs)):
+    for name, model in sides.items():
         model.to(device)
         if arguments.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -187,6 +208,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--own-weights", action="store_true", help="each model starts from its own random weights")
     parser.add_argument("--channels-last", action="store_true", help="channels_last weights for both")
     parser.add_argument("--float64-steps", type=int, metavar="N", help="compare N steps in float64 instead")
+    parser.add_argument("--twins", action="store_true", help="torchvision's against itself, see above")
     parser.add_argument("--output", type=Path, help="also write the json here")
     return parser.parse_args()
 

@@ -144,6 +144,14 @@ def test_a_row_a_training_run_and_what_they_have_together(report, folder):
     assert "commit 012345678; [results]" in report.machine("run0", folder)
 
 
+def test_losses_by_epoch(report, folder):
+    sides = {"torchvision": {"epoch_losses": [1.5, 0.75]}, "twin": {"epoch_losses": [1.25, 0.875]}}
+    (folder / "twins.json").write_text(json.dumps({"date": "today", "recipe": {"seed": 0}, **sides}))
+    header, _, *rows = report.drift("twins", folder).splitlines()
+    assert header == "| mean loss of epoch | torchvision | twin |"
+    assert rows == ["| 1 | 1.5 | 1.25 |", "| 2 | 0.75 | 0.875 |"]
+
+
 @pytest.mark.parametrize(
     ("page", "message"),
     [
