@@ -91,6 +91,14 @@ def timed(request) -> bool:
     return request.config.getoption("--benchmark")
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew(timed):
+    """A peer that is compiled is so for its own case: after eight variants of one function, which cases of other shapes
+    and types are, torch.compile gives up and runs it as it is."""
+    if timed:
+        torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def copy_bandwidth(device, timed) -> float:
     """GB/s of a large copy on the device, bytes read plus bytes written; nan in a smoke run."""

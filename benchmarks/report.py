@@ -11,7 +11,7 @@ benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
     <!-- images FILE: PATTERN, PATTERN ... -->    a row a case of bench_loading.py: images a second
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
-    <!-- drift FILE -->                           losses by epoch of a run of train_vs_torchvision.py
+    <!-- lockstep FILE, FILE ... -->              a column a run of train_vs_torchvision.py --lockstep
     <!-- reference FILE -->                       train_vs_reference.py
     <!-- profile FILE -->                         profile_step.py
     <!-- evaluation FILE -->                      evaluation_speed.py
@@ -198,13 +198,13 @@ def training(what: str, folder: Path) -> str:
     return table(header, rows)
 
 
-def drift(what: str, folder: Path) -> str:
-    report = read(what.strip(), folder)
-    sides = {name: part["epoch_losses"] for name, part in report.items() if "epoch_losses" in part}
-    rows = [
-        [f"{epoch}", *map(number, losses)] for epoch, losses in enumerate(zip(*sides.values(), strict=True), start=1)
-    ]
-    return table(["mean loss of epoch", *sides], rows)
+def lockstep(what: str, folder: Path) -> str:
+    """How far the weights of two runs are apart after some of the steps, a column a file."""
+    reports = [read(name.strip(), folder) for name in what.split(",")]
+    runs = [{row["step"]: row["difference_of_the_weights_over_their_change"] for row in r["lockstep"]} for r in reports]
+    shown = [step for step in (1, 2, 5, 10, 20, 50, 100) if any(step in run for run in runs)]
+    rows = [[f"{step}", *(f"{run[step]:.1e}" if step in run else "" for run in runs)] for step in shown]
+    return table(["after step", *(f"{' and '.join(r['sides'])}, {r['precision']}" for r in reports)], rows)
 
 
 def reference(what: str, folder: Path) -> str:
@@ -280,7 +280,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "images": images,
     "machine": machine,
     "training": training,
-    "drift": drift,
+    "lockstep": lockstep,
     "reference": reference,
     "profile": profile,
     "evaluation": evaluation,

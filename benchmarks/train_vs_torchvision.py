@@ -8,12 +8,12 @@ train an epoch each in turn, the first one alternating, so that whatever else th
 alike. On the CPU both keep freed memory for the next step, as `retinanet-ext train` does. Seconds a step are medians
 over the steps; data loading counts for both.
 
-    python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --float64-steps 30
+    python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --lockstep 20 --float64
 
-trains both in float64, a step each in turn, and says how far their weights are apart: whether the two trainings are the
+trains both a step each in turn and says how far their weights are apart, in float64: whether the two trainings are the
 same computation, which rounding hides in float32. And
 
-    python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --epochs 2 --twins
+    python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --lockstep 20 --twins
 
 trains torchvision's model twice, the second time from weights that differ from the first's in their last place alone:
 how far rounding drives two runs of one computation apart.
@@ -156,37 +156,42 @@ def make_contestants(
     return contestants
 
 
-def compare_in_float64(contestants: list[Contestant], steps: int) -> dict[str, float]:
-    """Trains both in float64; how far apart losses and weights are, and how far the weights have moved."""
+def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: bool) -> dict[str, Any]:
+    """Trains both a step each in turn; after each, how far apart losses are, and weights beside how far they moved."""
 
-    def in_float64(loader):
+    def batches_of(loader):
         for _, batch in zip(range(steps), loader, strict=False):
-            images = [image.double() for image in batch.images]
-            targets = [{**target, "boxes": target["boxes"].double()} for target in batch.targets]
-            yield batch._replace(images=images, targets=targets)
+            if in_float64:
+                images = [image.double() for image in batch.images]
+                targets = [{**target, "boxes": target["boxes"].double()} for target in batch.targets]
+                batch = batch._replace(images=images, targets=targets)
+            yield batch
 
     def weights(contestant):
-        return torch.cat([parameter.detach().flatten() for parameter in contestant.model.parameters()])
+        return torch.cat([parameter.detach().double().flatten() for parameter in contestant.model.parameters()])
 
     runs = []
     for contestant in contestants:
-        contestant.model.double()
+        if in_float64:
+            contestant.model.double()
         contestant.loader.set_epoch(0)
-        runs.append(train_steps(contestant.stepper, in_float64(contestant.loader)))
-    start = weights(contestants[0])
-    loss_difference = 0.0
-    taken = 0
-    for ours, theirs in zip(*runs, strict=True):
-        loss_difference = max(loss_difference, abs(ours.total - theirs.total) / theirs.total)
-        taken += 1
-    ours, theirs = (weights(contestant) for contestant in contestants)
-    moved = (ours - start).norm()
+        runs.append(train_steps(contestant.stepper, batches_of(contestant.loader)))
+    start = weights(contestants[1])
+    rows = []
+    for first, second in zip(*runs, strict=True):
+        one, other = map(weights, contestants)
+        rows.append(
+            {
+                "step": first.step,
+                "losses": [first.total, second.total],
+                "relative_difference_of_the_losses": abs(first.total - second.total) / second.total,
+                "difference_of_the_weights_over_their_change": float((one - other).norm() / (other - start).norm()),
+            }
+        )
     return {
-        "steps": taken,
-        "largest_relative_difference_of_a_loss": loss_difference,
-        "difference_of_the_weights_over_their_change": float((ours - theirs).norm() / moved),
-        "largest_difference_of_a_weight": float((ours - theirs).abs().max()),
-        "largest_change_of_a_weight": float((ours - start).abs().max()),
+        "sides": [contestant.name for contestant in contestants],
+        "precision": "float64" if in_float64 else "float32",
+        "lockstep": rows,
     }
 
 
@@ -207,7 +212,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--own-weights", action="store_true", help="each model starts from its own random weights")
     parser.add_argument("--channels-last", action="store_true", help="channels_last weights for both")
-    parser.add_argument("--float64-steps", type=int, metavar="N", help="compare N steps in float64 instead")
+    parser.add_argument("--lockstep", type=int, metavar="N", help="compare N steps instead, see above")
+    parser.add_argument("--float64", action="store_true", help="with --lockstep: in float64")
     parser.add_argument("--twins", action="store_true", help="torchvision's against itself, see above")
     parser.add_argument("--output", type=Path, help="also write the json here")
     return parser.parse_args()
@@ -215,6 +221,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.float64 and not arguments.lockstep:
+        raise SystemExit("train_vs_torchvision.py: --float64 belongs to --lockstep N")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -226,8 +234,8 @@ def main() -> int:
     steps_per_epoch = max(1, len(train_set) // arguments.batch_size)
     total_steps = arguments.steps or steps_per_epoch * arguments.epochs
     contestants = make_contestants(arguments, train_set, total_steps, device)
-    if arguments.float64_steps:
-        report = {**facts, **compare_in_float64(contestants, arguments.float64_steps)}
+    if arguments.lockstep:
+        report = {**facts, **compare_in_lockstep(contestants, arguments.lockstep, arguments.float64)}
         print(json.dumps(report, indent=1))
         if arguments.output is not None:
             write_results(arguments.output, report)

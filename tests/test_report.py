@@ -144,12 +144,14 @@ def test_a_row_a_training_run_and_what_they_have_together(report, folder):
     assert "commit 012345678; [results]" in report.machine("run0", folder)
 
 
-def test_losses_by_epoch(report, folder):
-    sides = {"torchvision": {"epoch_losses": [1.5, 0.75]}, "twin": {"epoch_losses": [1.25, 0.875]}}
-    (folder / "twins.json").write_text(json.dumps({"date": "today", "recipe": {"seed": 0}, **sides}))
-    header, _, *rows = report.drift("twins", folder).splitlines()
-    assert header == "| mean loss of epoch | torchvision | twin |"
-    assert rows == ["| 1 | 1.5 | 1.25 |", "| 2 | 0.75 | 0.875 |"]
+def test_weights_in_lockstep(report, folder):
+    for name, precision, steps in (("some", "float64", 2), ("twins", "float32", 5)):
+        rows = [{"step": step, "difference_of_the_weights_over_their_change": step / 8} for step in range(1, steps + 1)]
+        content = {"sides": ["ours", name], "precision": precision, "lockstep": rows}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    header, _, *rows = report.lockstep("some, twins", folder).splitlines()
+    assert header == "| after step | ours and some, float64 | ours and twins, float32 |"
+    assert rows == ["| 1 | 1.2e-01 | 1.2e-01 |", "| 2 | 2.5e-01 | 2.5e-01 |", "| 5 |  | 6.2e-01 |"]
 
 
 @pytest.mark.parametrize(
