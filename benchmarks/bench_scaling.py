@@ -69,6 +69,11 @@ def grids_of(side: int) -> list[tuple[int, int]]:
     return [(-(-side // stride), -(-side // stride)) for stride in (8, 16, 32, 64, 128)]
 
 
+def agree_by_level(mine, other):
+    for one, two in zip(mine, other, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
+
+
 def focal_of_levels(side: int, device: torch.device):
     bench = bench_multilevel_focal_loss
     levels, targets, normalizer = bench.make_case((grids_of(side), 1), torch.float32, torch.contiguous_format, device)
@@ -76,15 +81,17 @@ def focal_of_levels(side: int, device: torch.device):
     def loss(leaves):
         return retinanet_ext.multilevel_focal_loss(leaves, targets, normalizer=normalizer)
 
-    def agree(mine, other):
-        for one, two in zip(mine, other, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
-
     peer = None
     if has_torchvision():
         peer = dict(bench.peers(levels, targets, normalizer, backward=True, timed=False))["torchvision"]
     elements = sum(level.numel() for level in levels)
-    return bench.make_call(loss, levels, backward=True), peer, agree, elements, 8 * elements + 8 * targets.numel()
+    return (
+        bench.make_call(loss, levels, backward=True),
+        peer,
+        agree_by_level,
+        elements,
+        8 * elements + 8 * targets.numel(),
+    )
 
 
 def matching(image: tuple[int, int], count: int, device: torch.device):
@@ -110,13 +117,15 @@ def box_loss(side: int, device: torch.device):
     def loss(leaves):
         return retinanet_ext.box_regression_loss(leaves, anchors, gt_boxes, matched, normalizer=normalizer)
 
-    def agree(mine, other):
-        for one, two in zip(mine, other, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
-
     peer = bench_box_loss.peers(levels, others, backward=True, loss="l1")["torchvision"] if has_torchvision() else None
     elements = sum(level.numel() for level in levels)
-    return bench_box_loss.make_call(loss, levels, backward=True), peer, agree, elements, 4 * elements + 8 * len(anchors)
+    return (
+        bench_box_loss.make_call(loss, levels, backward=True),
+        peer,
+        agree_by_level,
+        elements,
+        4 * elements + 8 * len(anchors),
+    )
 
 
 def suppression(variant: str, count: int, device: torch.device):

@@ -90,7 +90,6 @@ def chosen(report: dict[str, Any], patterns: Sequence[str], name: str) -> list[d
 EARLIER_NAMES = {
     "multilevel focal": "multilevel_focal_loss",
     "focal": "sigmoid_focal_loss",
-    "box loss": "box_regression_loss",
 }
 
 

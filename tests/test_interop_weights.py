@@ -303,6 +303,15 @@ def test_a_checkpoint_of_this_library_says_how_its_anchors_are_ordered(of_file, 
         assert torch.equal(model.state_dict()[name], by_size(value) if moved else value), name
 
 
+def test_another_programs_model_config_says_nothing_of_anchors(tmp_path):
+    """A checkpoint that has such an entry, of another format, is as any file of that layout."""
+    builder, path = models.retinanet_resnet18_fpn, tmp_path / "theirs.pth"
+    source, model = make_model(builder), make_model(builder, 1, anchor_order="size")
+    torch.save({"model": source.state_dict(), "model_config": {"depth": 18}}, path)
+    assert not load_weights(model, path).reordered
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in source.state_dict().items())
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy", "pkl", "wrapped", "state_dict", "parallel", "own", "numpy in pth"])
 def test_file_formats(form, tmp_path):
     model = make_model(models.retinanet_resnet18_fpn)

@@ -133,8 +133,11 @@ def read_weights_and_order(path: str | Path) -> tuple[dict[str, Tensor], str | N
 
 
 def _anchor_order(content: Any) -> str | None:
-    config = content.get("model_config") if isinstance(content, Mapping) else None
-    return config.get("anchor_order", "ratio") if isinstance(config, Mapping) else None
+    from ..engine.checkpoint import FORMAT
+
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        return None
+    return content["model_config"].get("anchor_order", "ratio")
 
 
 def _what_is_held(content: Any) -> str:
