@@ -1,12 +1,10 @@
 """Ring 1: the box coder and the GIoU loss that the CPU and CUDA kernels share, as C++ functions over NumPy arrays.
 
 Built by conftest with the flags of the CPU kernels and run under every instruction set they dispatch to. Values are
-compared with the reference to the bit, where both take exp and log from the C library; gradients with autograd of the
+compared with the reference to the bit, where both take exp and log from here; gradients with autograd of the
 reference, in float64; values also with 40 digits.
 """
 
-import ctypes
-import ctypes.util
 import math
 
 import mpmath
@@ -37,29 +35,23 @@ def isa(request, box_math):
 
 
 @pytest.fixture
-def exp_and_log_of_the_c_library(monkeypatch):
-    """PyTorch's own are other implementations, which round the last place another way."""
-    library = ctypes.CDLL(ctypes.util.find_library("m"))
+def exp_and_log_of_the_coder(box_math, monkeypatch):
+    """In the reference: PyTorch's own are other implementations, which round the last place another way."""
 
     def patched(name):
-        functions = {}
-        for dtype, suffix, c_type in ((torch.float32, "f", ctypes.c_float), (torch.float64, "", ctypes.c_double)):
-            functions[dtype] = getattr(library, name + suffix)
-            functions[dtype].argtypes, functions[dtype].restype = [c_type], c_type
-
         def apply(values):
-            results = [functions[values.dtype](value) for value in values.flatten().tolist()]
-            return torch.tensor(results, dtype=values.dtype).reshape(values.shape)
+            function = getattr(functions_of(box_math, values.dtype), name)
+            return torch.from_numpy(function(values.flatten().numpy(), "baseline")).reshape(values.shape)
 
-        return apply
+        return staticmethod(apply)
 
-    class Library:
-        exp, log = staticmethod(patched("exp")), staticmethod(patched("log"))
+    class Coder:
+        exp, log = patched("exp"), patched("log")
 
         def __getattr__(self, name):
             return getattr(torch, name)
 
-    monkeypatch.setattr(anchor_match, "torch", Library())
+    monkeypatch.setattr(anchor_match, "torch", Coder())
 
 
 def functions_of(box_math, dtype):
@@ -117,9 +109,52 @@ def assert_bits(found, expected):
     np.testing.assert_array_equal(np.signbit(found[kept]), np.signbit(expected[kept]))
 
 
+def every(step, first, last):
+    """Each `step`th float32 between these bit patterns."""
+    return np.arange(first, last, step, dtype=np.uint32).view(np.float32)
+
+
+LARGEST = 0x7F7FFFFF
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("exp", np.concatenate([every(997, 0x20000000, 0x42B17217), -every(997, 0x20000000, 0x42D00000)])),
+        ("log", np.concatenate([every(2003, 1, LARGEST), every(101, 0x3F700000, 0x3F900000)])),
+    ],
+    ids=["exp", "log"],
+)
+def test_exp_and_log_are_within_a_unit_in_the_last_place(box_math, isa, name, numbers):
+    """Of all numbers whose exponential is neither 0 nor infinite, and of all that have a logarithm."""
+    found = getattr(box_math.float32, name)(numbers, isa).astype(np.float64)
+    expected = getattr(np, name)(numbers.astype(np.float64))
+    _, exponents = np.frexp(expected)
+    units = np.ldexp(1.0, np.maximum(exponents, -125) - 24)
+    assert np.abs(found - expected).max() > 0
+    assert (np.abs(found - expected) / units).max() < 1.001
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exp_and_log_of_special_numbers(box_math, isa, dtype):
+    functions = getattr(box_math, dtype)
+    numbers = np.array([0.0, -0.0, INF, -INF, NAN, 1000.0, -1000.0, 1.0, -1.0], dtype)
+    with np.errstate(all="ignore"):
+        assert_bits(functions.exp(numbers[:7], isa), torch.tensor(np.exp(numbers[:7])))
+        logarithms = [place for place in range(9) if place != 5]  # of 1000 the last place is anybody's
+        assert_bits(functions.log(numbers, isa)[logarithms], torch.tensor(np.log(numbers)[logarithms]))
+
+
+def test_exp_and_log_have_the_same_bits_on_every_instruction_set(box_math, isa):
+    numbers = every(10_007, 0, 0xFFFFFFFF)
+    for name in ("exp", "log"):
+        function = getattr(box_math.float32, name)
+        np.testing.assert_array_equal(function(numbers, isa), function(numbers, "baseline"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_encoding_is_the_references_to_the_bit(box_math, isa, exp_and_log_of_the_c_library, dtype, weights):
+def test_encoding_is_the_references_to_the_bit(box_math, isa, exp_and_log_of_the_coder, dtype, weights):
     anchors, boxes = with_special_rows(*neighbours(2000, dtype, 1), dtype)
     found = functions_of(box_math, dtype).encode(boxes.numpy(), anchors.numpy(), weights, isa)
     assert_bits(found, encode_boxes(boxes, anchors, weights))
@@ -128,7 +163,7 @@ def test_encoding_is_the_references_to_the_bit(box_math, isa, exp_and_log_of_the
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("clip", [CLIP, 0.5])
-def test_decoding_is_the_references_to_the_bit(box_math, isa, exp_and_log_of_the_c_library, dtype, weights, clip):
+def test_decoding_is_the_references_to_the_bit(box_math, isa, exp_and_log_of_the_coder, dtype, weights, clip):
     deltas, anchors = random_deltas(2000, dtype, 2) * 3, random_boxes(2000, dtype, 3)
     deltas[:50, 2:] = clip * weights[2]
     deltas, anchors = with_special_rows(deltas, anchors, dtype)

@@ -32,6 +32,12 @@ RNX_HD Box<T> as_row(const Deltas<T>& deltas) {
   return {deltas.dx, deltas.dy, deltas.dw, deltas.dh};
 }
 
+// Number by number: a loop in which rows are copied whole does not vectorise (GCC 12).
+template <typename T>
+RNX_HD Box<T> as_row(const Box<T>& box) {
+  return {box.x1, box.y1, box.x2, box.y2};
+}
+
 template <typename T>
 struct CoderRow {
   Box<T> first;   // the result, or the gradient of `values`
@@ -48,11 +54,11 @@ RNX_HD CoderRow<T> coder_row(const Box<T>& upstream, const Box<T>& values, const
     return {decode_box(as_deltas(values), anchor, options.weights, options.clip), Box<T>{}};
   } else if constexpr (kTask == CoderTask::kEncodeGradient) {
     const EncodeGradient<T> gradient = encode_box_gradient(as_deltas(upstream), values, anchor, options.weights);
-    return {gradient.gt, gradient.anchor};
+    return {as_row(gradient.gt), as_row(gradient.anchor)};
   } else {
     const DecodeGradient<T> gradient =
         decode_box_gradient(upstream, as_deltas(values), anchor, options.weights, options.clip);
-    return {as_row(gradient.deltas), gradient.anchor};
+    return {as_row(gradient.deltas), as_row(gradient.anchor)};
   }
 }
 

@@ -12,6 +12,7 @@
 
 #include <cmath>
 
+#include "accurate_math.h"
 #include "host_device.h"
 
 namespace retinanet_ext {
@@ -102,20 +103,6 @@ RNX_HD T smaller_or_nan(T a, T b) {
 template <typename T>
 RNX_HD T larger_or_nan(T a, T b) {
   return a > b || a != a ? a : b;
-}
-
-// By the C library, on the device within 2 ulp: not the fast intrinsics.
-RNX_HD float accurate_exp(float v) {
-  return expf(v);
-}
-RNX_HD double accurate_exp(double v) {
-  return exp(v);
-}
-RNX_HD float accurate_log(float v) {
-  return logf(v);
-}
-RNX_HD double accurate_log(double v) {
-  return log(v);
 }
 
 // log(1000 / 16), the largest size delta that torchvision decodes: a factor of 62.5.

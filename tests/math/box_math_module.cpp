@@ -79,8 +79,25 @@ RNX_HD void write(T* rows, int64_t i, const Row& row) {
 }
 
 template <typename T>
+using Numbers = py::array_t<T, py::array::c_style | py::array::forcecast>;  // [n]
+
+template <typename T>
 void define_functions(py::module_ m) {
   using Weights = std::array<double, 4>;
+  m.def("exp", [](const Numbers<T>& numbers, const std::string& isa) {
+    py::array_t<T> result(numbers.size());
+    const T* in = numbers.data();
+    T* out = result.mutable_data();
+    for_rows(isa, numbers.size(), [=](int64_t i) INLINE_BODY { out[i] = accurate_exp(in[i]); });
+    return result;
+  });
+  m.def("log", [](const Numbers<T>& numbers, const std::string& isa) {
+    py::array_t<T> result(numbers.size());
+    const T* in = numbers.data();
+    T* out = result.mutable_data();
+    for_rows(isa, numbers.size(), [=](int64_t i) INLINE_BODY { out[i] = accurate_log(in[i]); });
+    return result;
+  });
   m.def("encode", [](const Rows<T>& gt, const Rows<T>& anchors, const Weights& w, const std::string& isa) {
     const py::ssize_t count = gt.shape(0);
     const auto* g = rows_of<Box<T>>(gt, count);
