@@ -14,8 +14,8 @@ Each csrc/*/*_sass.json has
               spills go there. ``fast_path``: as many ``loops`` (1 unless given) evaluate ``vectors`` of ``width``
               elements a thread with exactly these ``loads`` and ``stores`` by bits, at most so many ``mufu`` of each
               kind an element, and neither calls nor local memory. ``why`` is for the reader.
-``recorded``  written by ``--write-budget``: what one compiler made of each kernel, whole and an element of the fast
-              path. A count that differs by more than ``RECORDED_TOLERANCE``, up or down, is to be looked at and
+``recorded``  written by ``--write-budget``: what one compiler made of each kernel, whole (with its loads and stores by
+              bits) and an element of the fast path. A count that differs by more than ``RECORDED_TOLERANCE``, up or down, is to be looked at and
               recorded anew.
 
 Registers and stack hold for every architecture in the library, the rest for sm_90.
@@ -62,10 +62,16 @@ def read_budgets(root: Path = code.ROOT) -> list[Budget]:
             fast_path = entry.get("fast_path", dict.fromkeys(FAST_PATH_KEYS)).keys()
             if not entry.keys() <= KEYS or fast_path - {"loops"} != FAST_PATH_KEYS:
                 raise ValueError(f"{path}: keys of {entry}")
-            if "fast_path" in entry and entry["fast_path"]["mufu"].get("EX2", 0) < 1:
-                raise ValueError(f"{path}: a fast path is found by its EX2, of which {entry} has none")
+            if "fast_path" in entry and not known_by(entry["fast_path"]["mufu"]):
+                if not {"128"} & {*entry["fast_path"]["loads"], *entry["fast_path"]["stores"]}:
+                    raise ValueError(f"{path}: a fast path is found by its MUFU or 128-bit accesses, {entry} has none")
         budgets.append(Budget(path, content["limits"], content.get("recorded", {})))
     return budgets
+
+
+def known_by(mufu: dict[str, float]) -> str | None:
+    """The special function by which a fast path is found: EX2, or the first of which each element takes a whole one."""
+    return next((kind for kind in ("EX2", *mufu) if mufu.get(kind, 0) >= 1), None)
 
 
 def limits_of(kernel: Kernel, budgets: list[Budget]) -> dict:
@@ -83,9 +89,10 @@ def paths_of(kernel: Kernel, limits: dict) -> tuple[list[list[Instruction]], lis
     if "fast_path" not in limits:
         return [], [], 0
     budget = limits["fast_path"]
-    vectors, width, exponentials = budget["vectors"], budget["width"], int(budget["mufu"]["EX2"])
+    vectors, width, special = budget["vectors"], budget["width"], known_by(budget["mufu"])
+    count = int(budget["mufu"][special]) if special else 0
     wide_loads, wide_stores = budget["loads"].get("128", 0), budget["stores"].get("128", 0)
-    found = code.fast_paths(kernel.instructions, vectors, width, exponentials, wide_loads, wide_stores)
+    found = code.fast_paths(kernel.instructions, vectors, width, special, count, wide_loads, wide_stores)
     chosen = [path for path in found.loops if code.loads(path) == budget["loads"]] or found.loops
     return chosen, found.around, vectors * width
 
@@ -147,11 +154,16 @@ def fast_path_failures(kernel: Kernel, limits: dict) -> list[str]:
     return failures
 
 
-def record(kernel: Kernel, limits: dict) -> dict[str, float | list[float]]:
-    """Instructions and MUFU of the whole kernel; an element's instructions and float operations on each fast path, and
-    its instructions once around the outermost loop, which is a tile with all its overhead."""
+def record(kernel: Kernel, limits: dict) -> dict[str, float | list[float] | dict[str, int]]:
+    """Instructions, MUFU, loads and stores by bits of the whole kernel; an element's instructions and float operations on
+    each fast path, and its instructions once around the outermost loop, which is a tile with all its overhead."""
     body = [one for one in kernel.instructions if one.base != "NOP"]
-    numbers = {"instructions": len(body), "mufu": sum(code.special_functions(body).values())}
+    numbers = {
+        "instructions": len(body),
+        "mufu": sum(code.special_functions(body).values()),
+        "loads": code.loads(body),
+        "stores": code.stores(body),
+    }
     paths, around, elements = paths_of(kernel, limits)
     if paths:
         numbers["issue"] = [round(len(path) / elements, 2) for path in paths]
@@ -166,7 +178,9 @@ def record_failures(kernel: Kernel, limits: dict, recorded: dict | None) -> list
     def close(now: float, then: float) -> bool:
         return abs(now - then) <= RECORDED_TOLERANCE * then
 
-    def same(now: float | list[float], then: float | list[float]) -> bool:
+    def same(now: float | list[float] | dict[str, int], then: float | list[float] | dict[str, int]) -> bool:
+        if isinstance(now, dict):
+            return isinstance(then, dict) and now.keys() == then.keys() and all(close(now[k], then[k]) for k in now)
         if isinstance(now, list):
             return isinstance(then, list) and len(now) == len(then) and all(map(close, now, then))
         return close(now, then)

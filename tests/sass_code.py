@@ -4,8 +4,9 @@ A kernel holds much code that nearly no element meets: rows with a positive, par
 over the whole kernel would drown the few instructions that the time goes into, so `fast_paths` looks for these in the
 control flow. A basic block that holds EX2 for 1, 2, ... whole vectors evaluates as many, because the fast path alone
 treats a vector in straight-line code. The fast path of a loop is then the cheapest way once around it that evaluates
-exactly the vectors of a thread's batch and makes their 128-bit accesses, or nearly as many where no way does. Cheap
-counts issue slots; a narrower access is ``NARROW_ACCESS_COST``, because lanes lie 16 bytes apart: a warp's access of
+exactly the vectors of a thread's batch and makes their 128-bit accesses, or nearly as many where no way does. Other
+kernels are known by another special function (a division's RCP), or by their 128-bit accesses alone, which the way then
+makes to the number. Cheap counts issue slots; a narrower access is ``NARROW_ACCESS_COST``, because lanes lie 16 bytes apart: a warp's access of
 whatever width moves 512 bytes through a cache of 128 bytes a clock, while the multiprocessor could start 16
 instructions. Nothing is taken from line numbers: the compiler merges equal instructions of different source lines and
 keeps one of the lines.
@@ -294,9 +295,15 @@ class FastPaths:
 
 
 def fast_paths(
-    instructions: list[Instruction], vectors: int, width: int, exponentials: int, wide_loads: int, wide_stores: int
+    instructions: list[Instruction],
+    vectors: int,
+    width: int,
+    special: str | None,
+    count: int,
+    wide_loads: int,
+    wide_stores: int,
 ) -> FastPaths:
-    """The fast paths of a kernel (see the module) that takes `exponentials` EX2 an element.
+    """The fast paths of a kernel (see the module) that takes `count` MUFU of the kind `special` an element, if any.
 
     A kernel without such a loop has one from its entry to an exit, if any.
     """
@@ -309,11 +316,12 @@ def fast_paths(
         for block in range(len(blocks))
     ]
     costs = [sum(NARROW_ACCESS_COST if 0 < one.bits < 128 else 1 for one in block) for block in blocks]
-    # What each block does of the whole: vectors evaluated, wide loads, wide stores.
+    # What each block does of the whole: vectors evaluated, where that can be told, wide loads, wide stores.
+    vectors = vectors if special else 0
     wanted = (vectors, wide_loads, wide_stores)
     done = [
         (
-            special_functions(block)["EX2"] // (exponentials * width),
+            special_functions(block)[special] // (count * width) if special else 0,
             loads(block).get("128", 0),
             stores(block).get("128", 0),
         )
@@ -332,7 +340,11 @@ def fast_paths(
                     known = reached.setdefault(following, {})
                     if ahead not in known or cost + costs[following] < known[ahead][0]:
                         known[ahead] = (cost + costs[following], (block, key))
-        ends = {key: cost for key, (cost, _) in reached.get(last, {}).items() if key[0] == vectors}
+        ends = {
+            key: cost
+            for key, (cost, _) in reached.get(last, {}).items()
+            if (key[0] == vectors if special else key == wanted)
+        }
         if not ends:
             return None
         # First the wide accesses nearest to those wanted, then the fewest slots.

@@ -124,13 +124,15 @@ def test_control_flow():
 
 def test_fast_path_is_the_background_with_whole_stores():
     paths = sass_code.fast_paths(
-        kernel_of().instructions, vectors=1, width=2, exponentials=1, wide_loads=1, wide_stores=1
+        kernel_of().instructions, vectors=1, width=2, special="EX2", count=1, wide_loads=1, wide_stores=1
     )
     addresses = [*range(0x30, 0xF0, 0x10), 0x1B0, 0x1C0, 0x1D0]
     assert [[one.address for one in path] for path in (*paths.loops, paths.around)] == [addresses, addresses]
     assert sass.record(kernel_of(), LIMITS) == {
         "instructions": 32,
         "mufu": 6,
+        "loads": {"128": 1, "64": 1},
+        "stores": {"128": 1, "32": 2, "16": 1},
         "issue": [7.5],
         "float": [1.5],
         "tile": 7.5,
@@ -139,15 +141,32 @@ def test_fast_path_is_the_background_with_whole_stores():
 
 def test_fast_path_without_a_loop():
     code = kernel_of(CODE.replace("@P0 BRA 0x30 ", "NOP ").replace("@P6 BRA P0, 0x120", "NOP")).instructions
-    (path,) = sass_code.fast_paths(code, vectors=1, width=2, exponentials=1, wide_loads=1, wide_stores=1).loops
+    (path,) = sass_code.fast_paths(code, vectors=1, width=2, special="EX2", count=1, wide_loads=1, wide_stores=1).loops
     assert [one.address for one in path] == [*range(0, 0xF0, 0x10), 0x1B0, 0x1C0, 0x1D0, 0x1E0]
+
+
+def test_fast_path_by_another_special_function():
+    """Here the slow path's: the only block with an LG2."""
+    code = kernel_of().instructions
+    paths = sass_code.fast_paths(code, vectors=1, width=1, special="LG2", count=1, wide_loads=0, wide_stores=0)
+    assert [[one.address for one in path] for path in paths.loops] == [list(range(0x120, 0x190, 0x10))]
+
+
+def test_fast_path_by_its_wide_accesses():
+    """To the number: no way around the loop has two."""
+    code = kernel_of().instructions
+    known = dict(vectors=1, width=2, special=None, count=0)
+    paths = sass_code.fast_paths(code, **known, wide_loads=1, wide_stores=1)
+    addresses = [*range(0x30, 0xF0, 0x10), 0x1B0, 0x1C0, 0x1D0]
+    assert [[one.address for one in path] for path in paths.loops] == [addresses]
+    assert sass_code.fast_paths(code, **known, wide_loads=2, wide_stores=1).loops == []
 
 
 def test_a_loop_within_a_loop():
     """The inner loop has the fast path; the way around the outer one has the tile's overhead as well."""
     text = CODE.replace("@P0 EXIT", "NOP").replace("ISETP.LT.AND P0, PT, R0, UR5, PT", "@P1 BRA 0x30")
     code = kernel_of(text.replace("@P0 BRA 0x30 ", "@P0 BRA 0x10 ")).instructions
-    paths = sass_code.fast_paths(code, vectors=1, width=2, exponentials=1, wide_loads=1, wide_stores=1)
+    paths = sass_code.fast_paths(code, vectors=1, width=2, special="EX2", count=1, wide_loads=1, wide_stores=1)
     inner = [*range(0x30, 0xF0, 0x10), 0x1B0, 0x1C0]
     assert [[one.address for one in path] for path in paths.loops] == [inner]
     assert [one.address for one in paths.around] == [0x10, 0x20, *inner, 0x1D0]
@@ -184,11 +203,15 @@ def test_resources_over_budget_are_found():
 
 
 @pytest.mark.parametrize("change", [0.9, 1.1])
-@pytest.mark.parametrize("name", ["instructions", "mufu", "issue", "float", "tile"])
+@pytest.mark.parametrize("name", ["instructions", "mufu", "loads", "stores", "issue", "float", "tile"])
 def test_recorded_numbers_are_compared_both_ways(name, change):
     recorded = sass.record(kernel_of(), LIMITS)
     assert sass.record_failures(kernel_of(), LIMITS, recorded) == []
-    other = [number * change for number in recorded[name]] if name in ("issue", "float") else recorded[name] * change
+    other = recorded[name]
+    if isinstance(other, dict):
+        other = {bits: count * change for bits, count in other.items()}
+    else:
+        other = [number * change for number in other] if isinstance(other, list) else other * change
     (failure,) = sass.record_failures(kernel_of(), LIMITS, {**recorded, name: other})
     assert f"{name} {recorded[name]}, recorded {other}" in failure
 
@@ -198,6 +221,7 @@ def test_missing_and_other_records_are_found():
     assert sass.record_failures(kernel_of(), LIMITS, None) != []
     assert sass.record_failures(kernel_of(), {"registers": 64}, recorded) != []
     assert sass.record_failures(kernel_of(), LIMITS, {**recorded, "issue": [7.5, 7.5]}) != []
+    assert sass.record_failures(kernel_of(), LIMITS, {**recorded, "loads": {"128": 1}}) != []
 
 
 def write_budgets(root, *entries, recorded=()):
@@ -232,9 +256,10 @@ def test_unknown_keys_are_an_error(tmp_path, entry):
         write_budgets(tmp_path, entry)
 
 
-def test_fast_path_without_exponentials_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="a fast path is found by its EX2"):
-        write_budgets(tmp_path, {**LIMITS, "fast_path": {**FAST_PATH, "mufu": {"RCP": 1}}})
+def test_fast_path_that_nothing_tells_is_an_error(tmp_path):
+    unknown = {**FAST_PATH, "mufu": {"RCP": 0.5}, "loads": {"64": 2}, "stores": {}}
+    with pytest.raises(ValueError, match="a fast path is found by its MUFU or 128-bit accesses"):
+        write_budgets(tmp_path, {**LIMITS, "fast_path": unknown})
 
 
 def test_missing_tools_are_named(monkeypatch, tmp_path):

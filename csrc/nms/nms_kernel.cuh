@@ -14,7 +14,7 @@
 //   nms_sweep_kernel   every box after the band against the band's kept ones
 //
 // Bytes  Keys 8 (float64: 16) a box, written and read once a pass; a band's masks 8 MB, in L2; what is kept 20 or 24 a
-//        box. Bound: about 20 issue slots a pair of equal labels, 2 of others; few boxes: latency of the launches.
+//        box. Bound: 21 issue slots a pair, 56 where it takes the division, 2 of other labels; few boxes: the launches.
 #pragma once
 
 #include "cuda/block_sort.cuh"
