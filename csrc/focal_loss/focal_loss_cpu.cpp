@@ -1,109 +1,22 @@
 // Sigmoid focal loss on the CPU: loss, sum, gradient, and sum with gradient in one pass.
 //
-// Work is cut into chunks of a fixed number of rows, whatever the number of threads, and each chunk's sum is added in
-// order: the same bits for any thread count. Within a chunk, neighbouring background rows are one long run; only a
-// positive row is split around its class.
+// What the operators check, prepare and return; focal_loss_chunks.h says what does the work.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "common/parallel.h"
 #include "focal_loss/focal_loss_args.h"
-#include "focal_loss/focal_loss_blocks.h"
+#include "focal_loss/focal_loss_chunks.h"
 
 namespace retinanet_ext {
 namespace {
 
 using torch::stable::Tensor;
 
-// Elements [begin, end) against soft targets of the same layout.
-template <FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
-RNX_HD double soft_elements(const FocalWork<T>& work, int64_t begin, int64_t end) {
-  T input_buffer[kFocalBlock];
-  T target_buffer[kFocalBlock];
-  T positive[kFocalBlock];
-  T negative[kFocalBlock];
-  FocalBlock<T> block;
-  const T gamma = work.gamma;
-  double sum = 0;
-  for (int64_t start = begin; start < end; start += kFocalBlock) {
-    const int64_t n = std::min(kFocalBlock, end - start);
-    const T* x = read_block(work.inputs, work.input_type, start, n, input_buffer);
-    const T* t = read_block(work.targets, work.target_type, start, n, target_buffer);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t column = kByColumn ? (start + i) % work.num_classes : 0;
-      positive[i] = kByColumn ? work.class_alpha_positive[column] : work.alpha_positive;
-      negative[i] = kByColumn ? work.class_alpha_negative[column] : work.alpha_negative;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const LossAndGradient<T> element = soft_element<T, kGamma>(x[i], t[i], gamma, positive[i], negative[i]);
-      if (kTask != FocalTask::kGradient) block.losses[i] = element.loss;
-      if (differentiates(kTask)) block.gradients[i] = element.gradient * work.grad_scale;
-    }
-    finish_block<kTask>(work, block, start, n, T(1), sum);
-  }
-  return sum;
-}
-
-template <FocalTask kTask, Gamma kGamma, bool kByColumn, bool kSoft, typename T>
-struct ChunkBody {
-  const FocalWork<T>& work;
-  int64_t chunk_size;  // rows, or elements of soft targets
-  int64_t total;
-  double* partial_sums;
-
-  RNX_HD void operator()(int64_t first, int64_t last) const {
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t begin = chunk * chunk_size;
-      const int64_t end = std::min(total, begin + chunk_size);
-      const double sum = kSoft ? soft_elements<kTask, kGamma, kByColumn>(work, begin, end)
-                               : index_rows<kTask, kGamma, kByColumn>(work, begin, end);
-      if (sums(kTask)) partial_sums[chunk] = sum;
-    }
-  }
-};
-
-template <FocalTask kTask, Gamma kGamma, bool kByColumn, bool kSoft, typename T>
-double run_chunks(const FocalWork<T>& work) {
-  const int64_t total = kSoft ? work.num_rows * work.num_classes : work.num_rows;
-  const int64_t chunk_size = kSoft ? kFocalChunkElements : std::max<int64_t>(1, kFocalChunkElements / work.num_classes);
-  const int64_t chunks = (total + chunk_size - 1) / chunk_size;
-  std::vector<double> partial_sums(sums(kTask) ? chunks : 0);
-  const ChunkBody<kTask, kGamma, kByColumn, kSoft, T> body{work, chunk_size, total, partial_sums.data()};
-  parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      run_on_best_isa(body, first, last);
-    } else {
-      run_baseline(body, first, last);
-    }
-    if (work.streams) stream_fence();
-  });
-  double sum = 0;
-  for (const double partial : partial_sums) sum += partial;
-  return sum;
-}
-
-// Smoothing and alpha by class take the general path, where gamma is general too; so there are three of each task.
-template <FocalTask kTask, bool kSoft, typename T>
-double run_form(const FocalWork<T>& work) {
-  if (work.num_rows == 0) return 0;
-  if (work.class_alpha_negative != nullptr || work.half_smoothing != T(0)) {
-    return run_chunks<kTask, Gamma::kAny, true, kSoft>(work);
-  }
-  return work.gamma == T(2) ? run_chunks<kTask, Gamma::kTwo, false, kSoft>(work)
-                            : run_chunks<kTask, Gamma::kAny, false, kSoft>(work);
-}
-
-template <FocalTask kTask, typename T>
-double run_indices(const FocalWork<T>& work) {
-  return run_form<kTask, false>(work);
-}
-
 template <FocalTask kTask, typename T>
 double run(const FocalWork<T>& work, bool soft) {
-  return soft ? run_form<kTask, true>(work) : run_form<kTask, false>(work);
+  return soft ? run_soft<kTask>(work) : run_rows<kTask>(work);
 }
 
 // The operator's tensors, in a layout the kernel reads, and what of the work follows from them.
@@ -205,7 +118,7 @@ std::tuple<Tensor, Tensor> forward_with_grad(const FocalLossArgs& args) {
   Tensor grad_inputs = empty_gradient(args, false);
   set_result(work, grad_inputs);
   if (args.reduction == Reduction::kMean) work.grad_scale = static_cast<T>(1 / count_elements(work, false));
-  const double sum = run_indices<FocalTask::kSumAndGradient>(work);
+  const double sum = run_rows<FocalTask::kSumAndGradient>(work);
   return {finish_sum(args, work, sum), grad_inputs};
 }
 
