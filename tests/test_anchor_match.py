@@ -213,15 +213,19 @@ def test_halves_are_matched_in_float32(dtype):
     assert torch.equal(match_anchors(anchors, [gt_boxes]), expected)
 
 
-def test_result_does_not_depend_on_the_blocks(monkeypatch):
+def test_the_references_result_does_not_depend_on_its_blocks(monkeypatch):
+    """Ties within a block and between two: 30 boxes at once, three at a time, and each alone."""
     generator = torch.Generator().manual_seed(3)
     anchors = random_boxes(500, generator).round()
-    gt_boxes = torch.cat([random_boxes(20, generator).round(), anchors[:5], anchors[:5]])  # ties
-    whole = [match_anchors(anchors, [gt_boxes], policy=policy) for policy in POLICIES]
-    for pairs in (1, 3 * 500):
+    gt_boxes = torch.cat([random_boxes(20, generator).round(), anchors[:5], anchors[:5]])
+    blocks = []
+    for pairs, count in ((30 * 500, 1), (3 * 500, 10), (1, 30)):
         monkeypatch.setattr(reference, "_PAIRS_A_BLOCK", pairs)
-        for policy, expected in zip(POLICIES, whole, strict=True):
-            assert torch.equal(match_anchors(anchors, [gt_boxes], policy=policy), expected)
+        assert len(list(reference._iou_blocks(gt_boxes, anchors))) == count
+        blocks.append([reference.match_anchors(anchors, [gt_boxes], policy=policy) for policy in POLICIES])
+    compiled = [match_anchors(anchors, [gt_boxes], policy=policy) for policy in POLICIES]
+    for found in blocks:
+        assert all(torch.equal(*pair) for pair in zip(found, compiled, strict=True))
 
 
 def test_non_contiguous_and_differentiable_inputs():
