@@ -3,13 +3,17 @@
 import copy
 import io
 import math
+import os
 import pickle
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import retinanet_ext
 from retinanet_ext import models, ops
 from retinanet_ext.models.anchors import AnchorGenerator, cell_anchors
 from retinanet_ext.models.transform import ImageTransform, resize_boxes
@@ -47,13 +51,61 @@ def images():
     return [torch.rand(3, 64, 80, generator=generator), torch.rand(3, 90, 70, generator=generator)]
 
 
-def test_the_model_needs_no_torchvision():
-    modules = [name for name, module in sys.modules.items() if name.startswith("retinanet_ext.models") and module]
-    assert len(modules) > 5
-    for name in modules:
-        assert not any(
-            getattr(value, "__module__", "").startswith("torchvision") for value in vars(sys.modules[name]).values()
-        )
+# In a process of its own, whose auditing sees every import and every connection, wherever it is asked for.
+_ALONE = """
+import sys
+
+def forbid(event, arguments):
+    if event == "import" and arguments[0].partition(".")[0] == "torchvision":
+        raise AssertionError("torchvision is imported")
+    if event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
+        raise AssertionError(f"a connection: {event}")
+
+sys.addaudithook(forbid)
+
+import torch
+from retinanet_ext import models
+
+builders = [getattr(models, name) for name in models.__all__ if name.startswith("retinanet_")]
+assert len(builders) == len(models.BACKBONES) + 1, builders  # resnet50 has a v2
+with torch.device("meta"):
+    for build in builders:
+        build(num_classes=5)
+model = models.retinanet_resnet18_fpn(5, min_size=64, max_size=64, score_thresh=0.0)
+images = [torch.rand(3, 64, 64)]
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+sum(model(images, [{"boxes": torch.tensor([[10.0, 10, 50, 60]]), "labels": torch.tensor([3])}]).values()).backward()
+optimizer.step()
+assert len(model.eval()(images)[0]["boxes"]) > 0
+
+# What must not happen would be seen.
+import socket, urllib.request
+
+def planted():
+    import torchvision
+
+actions = (
+    planted,
+    lambda: socket.socket().connect(("127.0.0.1", 9)),
+    lambda: urllib.request.urlopen("http://127.0.0.1:9"),
+    lambda: torch.hub.load_state_dict_from_url("http://127.0.0.1:9/x.pth", model_dir="."),
+)
+for action in actions:
+    try:
+        action()
+    except AssertionError:
+        continue
+    raise SystemExit("an import or a connection was not seen")
+"""
+
+
+def test_the_model_needs_no_torchvision_and_downloads_nothing(tmp_path):
+    """Every constructor, a step of training and a detection."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(retinanet_ext.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _ALONE], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_published_parameter_count():
