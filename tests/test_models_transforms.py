@@ -42,16 +42,64 @@ def test_a_training_step_compiles_as_one_graph(model, images, expected):
     assert_same_step(losses_and_gradients(model, compiled(images, OTHER_TARGETS)), other)
 
 
-def test_detection_compiles(model, images):
-    """Not as one graph: how many detections an image has is read by the host."""
+class Graphs:
+    """A backend that notes the operators of each graph and runs it as it is."""
+
+    def __init__(self):
+        self.operators = []
+
+    def __call__(self, graph, inputs):
+        self.operators.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+
+@pytest.fixture
+def detector(model):
     torch.compiler.reset()
-    model.eval()
-    try:
+    yield model.eval()
+    model.train()
+
+
+OTHER_SIZES = list(torch.rand(3, 3, 48, 70, generator=torch.Generator().manual_seed(2)))
+
+
+def test_padded_detections_compile_as_one_graph(detector, images):
+    compiled = torch.compile(detector.padded_detections, fullgraph=True, backend="eager")
+    for batch in (images, OTHER_SIZES):
         with torch.no_grad():
-            expected = model(images)
-            found = torch.compile(model, backend="eager")(images)
-    finally:
-        model.train()
+            found, expected = compiled(batch), detector(batch)
+        assert found.boxes.shape == (len(batch), 300, 4)
+        assert found.labels.dtype == torch.int64
+        assert found.counts.tolist() == [len(right["labels"]) for right in expected]
+        for image, (count, right) in enumerate(zip(found.counts, expected, strict=True)):
+            assert 0 < count < 300
+            for name, padding in (("boxes", 0), ("scores", 0), ("labels", -1)):
+                values = getattr(found, name)[image]
+                torch.testing.assert_close(values[:count], right[name])
+                assert (values[count:] == padding).all()
+
+
+def test_padded_detections_are_of_evaluation(model, images):
+    with pytest.raises(ValueError, match=r"model: expected evaluation mode.*got training mode"):
+        model.padded_detections(images)
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_detection_breaks_the_graph_after_the_operators_alone(detector, images, validation):
+    """Lists of detections are as long as the counts say, which the host reads; all before that is one graph."""
+    graphs = Graphs()
+    function, inputs = (detector.detections_and_losses, (images, TARGETS)) if validation else (detector, (images,))
+    with torch.no_grad():
+        expected = function(*inputs)
+        found = torch.compile(function, backend=graphs)(*inputs)
+    whole, *rest = graphs.operators
+    detect = torch.ops.retinanet_ext.detect.default
+    assert whole.count(torch.conv2d) > 10
+    assert whole.count(detect) == 1
+    assert not {torch.conv2d, detect} & {operator for graph in rest for operator in graph}
+    if validation:
+        torch.testing.assert_close(found[1], expected[1])
+        found, expected = found[0], expected[0]
     for mine, right in zip(found, expected, strict=True):
         assert len(right["labels"]) > 0
         assert torch.equal(mine["labels"], right["labels"])

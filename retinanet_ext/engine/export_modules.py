@@ -95,13 +95,7 @@ class ExportedDetector(ExportedNetwork):
 
     def __init__(self, model: RetinaNet, size: tuple[int, int] | None):
         super().__init__(model, size)
-        self.options = {
-            "score_thresh": model.score_thresh,
-            "topk_per_level": model.topk_candidates,
-            "nms_thresh": model.nms_thresh,
-            "max_detections": model.detections_per_img,
-            "clip_before_nms": model.clip_before_nms,
-        }
+        self.options = model.detect_options
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cls_logits, box_deltas, anchors = self.levels(images)

@@ -18,7 +18,7 @@ from .heads import RetinaNetHead
 from .inference import fold_batch_norm
 from .normalizers import LossNormalizer
 from .resnet import BACKBONES, FrozenBatchNorm2d, ResNet, SyncBatchNorm2d
-from .retinanet import RetinaNet
+from .retinanet import PaddedDetections, RetinaNet
 from .transform import ImageTransform
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "FrozenBatchNorm2d",
     "ImageTransform",
     "LossNormalizer",
+    "PaddedDetections",
     "ResNet",
     "RetinaNet",
     "RetinaNetConfig",

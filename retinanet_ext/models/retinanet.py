@@ -9,6 +9,7 @@ reads their checkpoints.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,26 @@ from .config import RetinaNetConfig
 from .heads import RetinaNetHead
 from .normalizers import LossNormalizer
 from .targets import check_images, check_targets
-from .transform import ImageBatch, ImageTransform, resize_boxes
+from .transform import ImageBatch, ImageTransform, resize_boxes, resize_ratios
 
 _FOCAL_ALPHA, _FOCAL_GAMMA = 0.25, 2.0
 BOX_LOSSES = ("l1", "smooth_l1", "giou")
+
+
+class PaddedDetections(NamedTuple):
+    """What `RetinaNet.padded_detections` returns: the best ``D`` detections of each image, best first, and padding.
+
+    Attributes:
+        boxes: ``[B, D, 4]``, pixels of the image as passed, padding 0.
+        scores: ``[B, D]``, padding 0.
+        labels: int64 ``[B, D]``, padding -1.
+        counts: int32 ``[B]``, how many detections each image has.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    counts: Tensor
 
 
 class RetinaNet(nn.Module):
@@ -162,7 +179,7 @@ class RetinaNet(nn.Module):
         """
         images = check_images(images)
         if not self.training:
-            return self._detections(*self._outputs(images))
+            return _unpadded(self._detections(*self._outputs(images)))
         targets = check_targets(targets, images, self.num_classes)
         return self._losses(*self._outputs(images), targets)
 
@@ -183,7 +200,39 @@ class RetinaNet(nn.Module):
         images = check_images(images)
         targets = check_targets(targets, images, self.num_classes)
         outputs = self._outputs(images)
-        return self._detections(*outputs), self._losses(*outputs, targets)
+        detections, losses = self._detections(*outputs), self._losses(*outputs, targets)
+        return _unpadded(detections), losses
+
+    def padded_detections(self, images: Sequence[Tensor] | Tensor) -> PaddedDetections:
+        """The detections of a batch as tensors of fixed shapes: one graph for ``torch.compile(model.padded_detections,
+        fullgraph=True)``, and the host does not wait for their number.
+
+        Args:
+            images: as `forward` has them.
+
+        Returns:
+            A named tuple: ``boxes`` ``[B, D, 4]`` in pixels of the image as passed, ``scores`` ``[B, D]``, best first,
+            ``labels`` int64 ``[B, D]``, ``counts`` int32 ``[B]``; ``D`` is ``detections_per_img``. Rows past an image's
+            count hold 0, 0 and -1; those before it are what `forward` returns in evaluation mode.
+
+        Raises:
+            ValueError: the model is in training mode, or as `forward`.
+            TypeError: as `forward`.
+        """
+        if self.training:
+            raise ValueError("model: expected evaluation mode, got training mode: model.eval()")
+        return self._detections(*self._outputs(check_images(images)))
+
+    @property
+    def detect_options(self) -> dict[str, Any]:
+        """The thresholds and limits of this model, by the names of `retinanet_ext.ops.detect`."""
+        return {
+            "score_thresh": self.score_thresh,
+            "topk_per_level": self.topk_candidates,
+            "nms_thresh": self.nms_thresh,
+            "max_detections": self.detections_per_img,
+            "clip_before_nms": self.clip_before_nms,
+        }
 
     def _outputs(self, images: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, ImageBatch]:
         """Class logits and box deltas a level, the anchors, and the batch as the network sees it."""
@@ -239,26 +288,26 @@ class RetinaNet(nn.Module):
 
     def _detections(
         self, cls_logits: list[Tensor], box_deltas: list[Tensor], anchors: Tensor, batch: ImageBatch
-    ) -> list[dict[str, Tensor]]:
-        detections = ops.detect(
-            cls_logits,
-            box_deltas,
-            anchors,
-            batch.sizes,
-            score_thresh=self.score_thresh,
-            topk_per_level=self.topk_candidates,
-            nms_thresh=self.nms_thresh,
-            max_detections=self.detections_per_img,
-            clip_before_nms=self.clip_before_nms,
-        )
-        return [
-            {
-                "boxes": resize_boxes(detections.boxes[image, :count], batch.sizes[image], batch.original_sizes[image]),
-                "scores": detections.scores[image, :count],
-                "labels": detections.labels[image, :count],
-            }
-            for image, count in enumerate(detections.counts.tolist())
+    ) -> PaddedDetections:
+        found = ops.detect(cls_logits, box_deltas, anchors, batch.sizes, **self.detect_options)
+        ratios = [
+            resize_ratios(size, original_size, found.boxes)
+            for size, original_size in zip(batch.sizes, batch.original_sizes, strict=True)
         ]
+        return PaddedDetections(found.boxes * torch.stack(ratios)[:, None], found.scores, found.labels, found.counts)
+
+
+def _unpadded(detections: PaddedDetections) -> list[dict[str, Tensor]]:
+    """The detections of each image; the host reads their numbers. Called by what is compiled as its last step: the
+    graph ends before the call."""
+    return [
+        {
+            "boxes": detections.boxes[image, :count],
+            "scores": detections.scores[image, :count],
+            "labels": detections.labels[image, :count],
+        }
+        for image, count in enumerate(detections.counts.tolist())
+    ]
 
 
 def _ignore_masks(targets: Sequence[Mapping[str, Tensor]]) -> list[Tensor] | None:

@@ -30,13 +30,20 @@ class ImageBatch(NamedTuple):
     original_sizes: list[Size]
 
 
-def resize_boxes(boxes: Tensor, size: Size, new_size: Size) -> Tensor:
-    """Boxes ``[M, 4]`` in pixels of an image of ``size``, as the image is resized to ``new_size``.
+def resize_ratios(size: Size, new_size: Size, boxes: Tensor) -> Tensor:
+    """float32 ``[4]`` on the device of `boxes`: what their coordinates are multiplied by as an image of ``size`` is
+    resized to ``new_size``.
 
-    The ratios are float32 quotients, as torchvision's are.
+    The ratios are float32 quotients, as torchvision's are. They are filled on the device: a tensor made of the host's
+    numbers would make the host wait for its copy.
     """
-    ratio_y, ratio_x = (torch.tensor(new, dtype=torch.float32) / old for new, old in zip(new_size, size, strict=True))
-    return boxes * torch.stack((ratio_x, ratio_y, ratio_x, ratio_y)).to(boxes.device)
+    y, x = (boxes.new_full((), new / old, dtype=torch.float32) for new, old in zip(new_size, size, strict=True))
+    return torch.stack((x, y, x, y))
+
+
+def resize_boxes(boxes: Tensor, size: Size, new_size: Size) -> Tensor:
+    """Boxes ``[M, 4]`` in pixels of an image of ``size``, as the image is resized to ``new_size``."""
+    return boxes * resize_ratios(size, new_size, boxes)
 
 
 class ImageTransform(nn.Module):
