@@ -156,6 +156,24 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), isa
 
 
+def test_three_million_anchors():
+    """On their grid, and in any order; one image has no box."""
+    anchors = pyramid_anchors(4040, 4040)
+    boxes = [torch.cat([whole_boxes(4, 4040, 4040), whole_boxes(4, 4040, 4040, seed=1)[:1] * 4]), torch.zeros(0, 4)]
+    labels = [torch.arange(len(image)) for image in boxes]
+    assert len(anchors) > 3e6
+    found = assign_targets(anchors, boxes, labels)
+    assert found.num_foreground[0] > 50
+    assert (found.matched[0] == -2).sum() > 50
+    expected = reference.assign_targets(anchors, boxes, labels)
+    assert_same(found, expected)
+    assert torch.equal(match_anchors(anchors, boxes), expected.matched)
+    order = torch.randperm(len(anchors))
+    mixed = assign_targets(anchors[order], boxes, labels)
+    assert torch.equal(mixed.labels, expected.labels[:, order])
+    assert torch.equal(mixed.matched, expected.matched[:, order])
+
+
 PEAK = """
 import resource, torch
 from retinanet_ext import assign_targets

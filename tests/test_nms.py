@@ -149,6 +149,46 @@ def test_more_boxes_than_torchvisions_index_holds():
     assert nms(boxes.double(), scores, 0.5).tolist() == list(range(30))
 
 
+def keep_in_places(corner, side, labels):
+    """bool ``[places, n]``: greedy suppression above an IoU of 1/8 in many places at once, best boxes first, in
+    integers: the best box that is left of each place stays and removes others, until none is left."""
+    kept, left = np.zeros(labels.shape, bool), np.ones(labels.shape, bool)
+    places, area = np.arange(len(labels)), side.prod(axis=2)
+    while left.any():
+        best = left.argmax(axis=1)  # the first
+        some = left[places, best]
+        kept[places[some], best[some]] = True
+        at, size = corner[places, best][:, None], side[places, best][:, None]
+        overlap = np.minimum(corner + side, at + size) - np.maximum(corner, at)
+        inter = overlap.clip(0).prod(axis=2)
+        above = 8 * inter > area + size.prod(axis=2) - inter
+        left &= ~(above & (labels == labels[places, best, None]))
+    return kept
+
+
+def test_400_000_boxes():
+    """In 2,000 places that do not meet, on whole quarters of a pixel, where rounding decides nothing."""
+    places, each = 2000, 200
+    num = places * each
+    draw = np.random.default_rng(0)
+    corner, side = draw.integers(0, 64, (places, each, 2)), draw.integers(32, 96, (places, each, 2))
+    labels = draw.integers(0, 2, (places, each))
+    row = draw.permutation(num).reshape(places, each)  # of the operator's input
+    scores = -np.sort(-draw.permutation(num).reshape(places, each), axis=1)
+    place = np.stack(np.divmod(np.arange(places), 50), axis=1)[:, None] * 160  # 40 pixels apart
+    inputs = np.empty((num, 4), np.float32), np.empty(num, np.float32), np.empty(num, np.int64)
+    inputs[0][row] = np.concatenate([place + corner, place + corner + side], axis=2) / 4
+    inputs[1][row], inputs[2][row] = scores, labels
+    boxes, score_of, label_of = map(torch.from_numpy, inputs)
+    for found, kept in (
+        (nms(boxes, score_of, 0.125), keep_in_places(corner, side, np.zeros_like(labels))),
+        (batched_nms(boxes, score_of, label_of, 0.125), keep_in_places(corner, side, labels)),
+    ):
+        expected = row[kept][np.argsort(-scores[kept])]
+        assert len(expected) > 2 * places
+        assert torch.equal(found, torch.from_numpy(expected))
+
+
 def test_labels_of_other_types():
     boxes, scores = random_case(50, seed=4)
     labels = torch.arange(50) % 3
