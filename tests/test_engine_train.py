@@ -8,17 +8,21 @@ import shutil
 
 import pytest
 import torch
+from tiny_retinanet import tiny_retinanet
 from torch import nn
 
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
 from retinanet_ext.data import DatasetError, generate_shapes, make_loader, open_dataset  # noqa: E402
+from retinanet_ext.engine import train  # noqa: E402
 from retinanet_ext.engine.checkpoint import CheckpointError, load_checkpoint, load_model  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, octaves, resolve_device, resume_config  # noqa: E402
+from retinanet_ext.engine.export_programs import check_compiler  # noqa: E402
 from retinanet_ext.engine.loop import StepRecord, TrainingError, train_steps  # noqa: E402
 from retinanet_ext.engine.run_folder import RunFolder, RunFolderError  # noqa: E402
 from retinanet_ext.engine.schedule import make_optimizer, make_scheduler, rate_factor  # noqa: E402
+from retinanet_ext.engine.settings import SettingError  # noqa: E402
 from retinanet_ext.engine.stepper import Stepper  # noqa: E402
 from retinanet_ext.engine.train import Training  # noqa: E402
 
@@ -161,6 +165,36 @@ def test_same_seed_same_run(full_run, data, tmp_path):
     assert_same_weights(run.last, again.last)
     for a, b in zip(rows(run.steps), rows(again.steps), strict=True):
         assert {**a, "seconds": ""} == {**b, "seconds": ""}
+
+
+def test_a_compiled_run_takes_the_steps_of_the_eager_one(tmp_path, monkeypatch):
+    """By the compiler that a user has: two steps of four images, whose network and losses are one graph."""
+    try:
+        check_compiler()
+    except SettingError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(train, "build_model", lambda config: tiny_retinanet(config["num_classes"]))
+    data = generate_shapes(tmp_path / "data", train_images=4, val_images=1, image_size=32)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    runs = []
+    for compiled in (False, True):
+        run_dir = tmp_path / f"compiled_{compiled}"
+        Training(tiny(data, epochs=1, compile=compiled, lr=0.1, warmup_steps=0), run_dir, say=quiet).fit()
+        runs.append(RunFolder(run_dir))
+        counts = torch._dynamo.utils.counters
+        assert counts["stats"]["unique_graphs"] == compiled
+        assert bool(counts["inductor"]) == compiled
+    steps = [rows(run.steps) for run in runs]
+    assert len(steps[0]) == len(steps[1]) == 2
+    for name in ("classification", "bbox_regression", "total", "foreground", "grad_norm"):
+        expected, found = ([float(row[name]) for row in step] for step in steps)
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert all(value > 0 for value in found)
+    assert steps[0][0]["classification"] != steps[0][1]["classification"]
+    expected, found = (load_checkpoint(run.last)["model"] for run in runs)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_another_seed_another_run(full_run, data, tmp_path):
