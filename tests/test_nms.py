@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 from retinanet_ext import batched_nms, batched_nms_padded, nms
 
 
+def arithmetic(boxes, threshold):
+    """The type an oracle computes IoU in. float64 for boxes and thresholds of whole quarters, where no operation but
+    the division is rounded, and no division so that it meets the threshold: types cannot differ there. Elsewhere that
+    which the operator is to compute in."""
+    dyadic = float(threshold * 4).is_integer() and bool(((boxes * 4).frac() == 0).all() and (boxes.abs() < 256).all())
+    return np.float64 if dyadic or boxes.dtype == torch.float64 else np.float32
+
+
 def nms_loop(boxes, scores, threshold, labels=None):
     """Greedy suppression a pair at a time: the order, the ties and the NaN rules, spelled out."""
-    compute = np.float64 if boxes.dtype == torch.float64 else np.float32
-    boxes = boxes.to(torch.float64 if compute is np.float64 else torch.float32).numpy()
+    compute = arithmetic(boxes, threshold)
+    boxes = boxes.double().numpy().astype(compute)
     scores = scores.double().tolist()
     labels = [0] * len(scores) if labels is None else labels.tolist()
 
@@ -187,6 +195,13 @@ def test_400_000_boxes():
         expected = row[kept][np.argsort(-scores[kept])]
         assert len(expected) > 2 * places
         assert torch.equal(found, torch.from_numpy(expected))
+
+
+def test_the_oracle_computes_in_float64_on_quarters_alone():
+    lattice = torch.tensor([[0.0, 0.25, 5, 8.75]], dtype=torch.bfloat16)
+    assert arithmetic(lattice, 0.25) is arithmetic(lattice.double(), 0.3) is np.float64
+    for boxes, threshold in ((lattice, 0.3), (lattice + 0.1, 0.5), (lattice * math.nan, 0.5), (lattice * 1e9, 0.5)):
+        assert arithmetic(boxes.float(), threshold) is np.float32
 
 
 def test_labels_of_other_types():
