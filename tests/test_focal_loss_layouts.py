@@ -1,12 +1,15 @@
 """sigmoid_focal_loss reads any layout, whatever lies around it, and lays its results out as the fake kernels say."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import logsigmoid
 
-from retinanet_ext import sigmoid_focal_loss
+from retinanet_ext import reference, sigmoid_focal_loss
 
 FORWARD = torch.ops.retinanet_ext.sigmoid_focal_loss
 BACKWARD = torch.ops.retinanet_ext.sigmoid_focal_loss_backward
@@ -29,7 +32,7 @@ def assert_same_as_contiguous(inputs, targets, grad=None, **options):
     eps = torch.finfo(inputs.dtype).eps
     for result, truth in zip(results, expected, strict=True):
         assert result.shape == truth.shape
-        torch.testing.assert_close(result, truth, rtol=4 * eps, atol=0)
+        torch.testing.assert_close(result, truth, rtol=4 * eps, atol=0, equal_nan=True)
     return results
 
 
@@ -191,6 +194,54 @@ def strided(draw, shape, dtype):
     return inside(view, 0, 1).expand(shape)
 
 
+def gradient_size(x, targets, gamma=2.0, alpha=0.25, weight=None, label_smoothing=0.0):
+    """What the terms of each element's gradient add up to without their signs: of a difference no more is known."""
+    p, q = torch.sigmoid(x), torch.sigmoid(-x)
+    if targets.is_floating_point():
+        miss = (p * (1 - targets) + q * targets).clamp_min(1e-300)
+        entropy = (1 - targets) * -logsigmoid(-x) + targets * -logsigmoid(x)
+        terms = gamma * p * q / miss * (1 - 2 * targets).abs() * entropy + p * (1 - targets) + q * targets
+        return (alpha * targets + (1 - alpha) * (1 - targets)) * miss**gamma * terms
+    positive = targets.unsqueeze(-1) == torch.arange(x.shape[-1])
+    z, miss, rest = torch.where(positive, -x, x), torch.where(positive, q, p), torch.where(positive, p, q)
+    half = label_smoothing / 2
+    terms = gamma * rest * (-logsigmoid(-z) + half * z.abs()) + miss + half
+    largest = 1 if weight is None or not len(weight) else weight.max().clamp_min(1)
+    return torch.where(positive, alpha, 1 - alpha) * miss**gamma * terms * largest
+
+
+def assert_right(results, inputs, targets, grad, **options):
+    """Loss and gradient against the reference in float64, where a logit is finite; NaN where it is NaN. Infinite ones
+    are right by their limits where these are of the plain loss of class indices."""
+    indices = not targets.is_floating_point()
+    x, upstream = inputs.double(), grad.double()
+    wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    wide_targets = targets if indices else targets.double()
+    leaf = x.nan_to_num(0, 0, 0).requires_grad_()
+    loss = reference.sigmoid_focal_loss(leaf, wide_targets, **wide)
+    (gradient,) = torch.autograd.grad(loss, leaf, upstream)
+    sizes = loss.detach(), gradient_size(leaf.detach(), wide_targets, **wide) * upstream
+    info = torch.finfo(inputs.dtype)
+    ignored = (targets == -2).unsqueeze(-1).expand(x.shape) if indices else torch.zeros_like(x, dtype=torch.bool)
+    bound = 1e-12 if inputs.dtype == torch.float64 else 2e-5 + 1e-5 * options["gamma"]
+    for result, expected, size in zip(results, (loss.detach(), gradient), sizes, strict=True):
+        off = (result.double() - expected).abs()
+        rounding = info.eps / 2 * expected.abs() if info.bits < 32 else 0
+        assert (off <= bound * size.abs() + rounding + 1.1e-30)[inputs.isfinite()].all()
+        assert (result[ignored] == 0).all()
+        assert result[inputs.isnan() & ~ignored].isnan().all()
+    if indices and not options["label_smoothing"]:
+        hit = targets.unsqueeze(-1) == torch.arange(x.shape[-1])
+        masked = inputs.isinf() & ((inputs > 0) == hit)  # -inf of background, +inf of the class itself
+        wrong = inputs.isinf() & ~masked & ~ignored
+        alpha = torch.where(hit, options.get("alpha", torch.tensor(0.25)), 1 - options.get("alpha", 0.25))
+        assert all((result[masked] == 0).all() for result in results)
+        assert (results[0][wrong & (alpha > 0)] == torch.inf).all()
+
+
+EXTREMES = [0.0, -0.0, 1e-40, 20.0, 100.0, -100.0, 1e4, -1e4, 1e30, -1e30, math.inf, -math.inf, math.nan]
+
+
 @given(st.data())
 @settings(max_examples=150)
 def test_any_shape_in_any_layout(data):
@@ -198,6 +249,10 @@ def test_any_shape_in_any_layout(data):
     shape = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 5]), min_size=0, max_size=3))
     shape = (*shape, data.draw(st.sampled_from([0, 1, 2, 3, 8, 17])))
     inputs = data.draw(strided(shape, dtype))
+    if inputs.numel():
+        place = st.tuples(*[st.integers(0, size - 1) for size in shape])
+        for at, value in data.draw(st.lists(st.tuples(place, st.sampled_from(EXTREMES)), max_size=6)):
+            inputs[at] = value  # of an expanded dimension at all places
     options = {"gamma": data.draw(st.sampled_from([0.0, 0.5, 2.0]))}
     if data.draw(st.booleans()):
         targets = data.draw(strided(shape, data.draw(st.sampled_from([dtype, torch.float32]))))
@@ -208,7 +263,9 @@ def test_any_shape_in_any_layout(data):
             options["weight"] = torch.rand(shape[-1]) + 0.5
     if data.draw(st.booleans()):
         options["alpha"] = torch.rand(shape[-1])
-    assert_same_as_contiguous(inputs, targets, data.draw(strided(shape, dtype)), **options)
+    grad = data.draw(strided(shape, dtype))
+    results = assert_same_as_contiguous(inputs, targets, grad, **options)
+    assert_right(results, inputs, targets, grad, **options)
 
 
 def assert_fake_equals_real(operator, arguments):
