@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -296,7 +297,7 @@ def test_a_library_that_loads_is_not_built(ring):
     assert prepare(ring, "build").arguments[-3:] == ["-q", "build_ext", "--inplace"]
 
 
-def test_every_cuda_test_belongs_to_one_stage():
+def test_every_mark_belongs_to_one_stage():
     """And to the sanitizer's, where it is marked so."""
     expressions = [text for name, text in gpu_ring.SELECTIONS.items() if name != "sanitizer"]
     for gate, sanitizer in itertools.product(["", *gpu_ring.GATES], [False, True]):
@@ -305,19 +306,39 @@ def test_every_cuda_test_belongs_to_one_stage():
         assert eval(gpu_ring.SELECTIONS["sanitizer"], {}, marks) == sanitizer
 
 
-def test_every_selection_finds_tests(tmp_path):
+COLLECT = """
+import json, pathlib, pytest, sys
+
+class Found:
+    def pytest_collection_finish(self, session):
+        self.tests = [item.nodeid for item in session.items]
+
+selected = {}
+for name, expression in json.loads(sys.argv[1]).items():
+    found = Found()
+    assert pytest.main([*sys.argv[2:], "-m", expression], plugins=[found]) == 0, expression
+    selected[name] = found.tests
+pathlib.Path("selected.json").write_text(json.dumps(selected))
+"""
+
+
+def test_every_cuda_test_runs_in_one_stage(tmp_path):
+    """As pytest selects them. The sanitizer's are some of them, run once more."""
     files = gpu_ring.marked_files()
     assert str(SCRIPT.with_name("test_focal_loss_cuda.py")) in files
     assert str(Path(__file__)) not in files
     arguments = gpu_ring.pytest_command("--collect-only", "-qq", *files)[3:]
-    program = (
-        "import ast, pytest, sys\n"
-        "for expression in ast.literal_eval(sys.argv[1]):\n"
-        "    assert pytest.main([*sys.argv[2:], '-m', expression]) == 0, expression"
-    )
-    command = [sys.executable, "-c", program, str([*gpu_ring.SELECTIONS.values()]), *arguments]
+    command = [sys.executable, "-c", COLLECT, json.dumps({"every": "cuda", **gpu_ring.SELECTIONS}), *arguments]
     listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert listed.returncode == 0, listed.stdout + listed.stderr
+    selected = json.loads((tmp_path / "selected.json").read_text())
+    every, sanitizer = selected.pop("every"), selected.pop("sanitizer")
+    assert all(selected.values())
+    assert sanitizer
+    assert set(sanitizer) <= set(every)
+    stages = Counter(test for tests in selected.values() for test in tests)
+    assert [test for test, count in stages.items() if count > 1] == []
+    assert stages.keys() == set(every)
 
 
 TESTS = {
