@@ -241,7 +241,10 @@ def torch_archs(torch: Torch) -> list[str]:
     environment = {**os.environ, "PYTHONPATH": str(torch.site_packages)}
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
     if run.returncode != 0:
-        raise BuildError(f"torch {torch.version} in {torch.site_packages} does not import:\n{run.stderr}")
+        raise BuildError(
+            f"torch {torch.version} in {torch.site_packages} does not import, and is asked for its GPU architectures:\n"
+            f'{run.stderr}Mend it, or name them:  TORCH_CUDA_ARCH_LIST="9.0" pip install .   or:  {CUDA_OFF_HINT}'
+        )
     return re.findall(r"sm_(\d+)", run.stdout)
 
 

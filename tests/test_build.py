@@ -263,3 +263,79 @@ def test_arch_list_in_cmake_notation():
     supported = ["80", "90", "90a", "100"]
     assert toolchain.parse_arch_list("8.0;9.0+PTX", supported) == ["80-real", "90"]
     assert toolchain.parse_arch_list("8.0 9.0a 10.0+PTX", supported) == ["80-real", "90a-real", "100"]
+
+
+def planned(site: Path, programs, monkeypatch, **environment: str):
+    """What `make_plan` decides in such an environment."""
+    for name in list(os.environ):
+        if name.startswith(("RETINANET_EXT", "CUDA", "TORCH_CUDA", "CXX")):
+            monkeypatch.delenv(name)
+    for name, value in {"PATH": f"{programs.folder}:/bin", **environment}.items():
+        monkeypatch.setenv(name, value)
+    toolchain = import_toolchain()
+    monkeypatch.setattr(toolchain, "candidate_site_packages", lambda: [site])
+    monkeypatch.setattr(toolchain, "check_python_headers", lambda: None)
+    return toolchain.make_plan()
+
+
+def give_kernels(site: Path, flags: str | None) -> None:
+    """A torch that imports, and says which machine code it was built with."""
+    (site / "torch/__init__.py").write_text(
+        "class _C:\n    @staticmethod\n    def _cuda_getArchFlags():\n" + f"        return {flags!r}\n"
+    )
+
+
+def test_summary_of_a_build_for_the_cpu(site_packages, programs, monkeypatch):
+    site = site_packages("2.13.0+cpu", None)
+    assert planned(site, programs, monkeypatch).summary().splitlines() == [
+        "retinanet_ext build",
+        f"  torch headers   2.13.0+cpu at {site / 'torch'}",
+        f"  C++ compiler    {programs.folder / 'c++'}",
+        "  CUDA            no: torch 2.13.0+cpu is a CPU build "
+        "(RETINANET_EXT_CUDA=1 compiles the CUDA part all the same)",
+    ]
+
+
+def test_summary_of_a_build_for_cuda(site_packages, programs, monkeypatch):
+    nvcc = programs("nvcc", fake_nvcc("13.0"))
+    site = site_packages("2.11.0+cu130", "13.0")
+    plan = planned(site, programs, monkeypatch, TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    assert plan.summary().splitlines()[3:] == [
+        "  CUDA            yes: torch 2.11.0+cu130 is built for CUDA 13.0",
+        f"  nvcc            13.0 at {nvcc}",
+        "  architectures   80-real 90",
+    ]
+    declined = planned(site, programs, monkeypatch, RETINANET_EXT_CUDA="0").summary().splitlines()
+    assert declined[3:] == ["  CUDA            no: RETINANET_EXT_CUDA=0"]
+
+
+def test_architectures_are_those_of_torch_that_nvcc_compiles_for(site_packages, programs, monkeypatch):
+    """In order, as numbers; machine code for each, and for the newest PTX too."""
+    programs("nvcc", fake_nvcc("13.0", "compute_75 compute_80 compute_90 compute_90a compute_100 compute_120"))
+    site = site_packages("2.11.0+cu130", "13.0")
+    for flags, archs in (
+        ("sm_70 sm_100 sm_75 sm_90 sm_80 compute_120", ["75-real", "80-real", "90-real", "100"]),
+        ("sm_90", ["90"]),
+    ):
+        give_kernels(site, flags)
+        assert planned(site, programs, monkeypatch).archs == archs
+
+
+@pytest.mark.parametrize("flags", ["sm_50 sm_60", None])
+def test_no_architecture_of_torch_that_nvcc_compiles_for(site_packages, programs, flags):
+    nvcc = programs("nvcc", fake_nvcc("13.0"))
+    site = site_packages("2.11.0+cu130", "13.0")
+    give_kernels(site, flags)
+    assert_refused(ask(site, programs), f"none of torch's GPU architectures is one that nvcc at {nvcc} compiles for")
+
+
+def test_a_torch_that_does_not_import_names_no_architectures(site_packages, programs):
+    programs("nvcc", fake_nvcc("13.0"))
+    site = site_packages("2.11.0+cu130", "13.0")
+    (site / "torch/__init__.py").write_text("raise OSError('libcudart.so.13 is gone')\n")
+    result = ask(site, programs)
+    assert result.returncode != 0
+    assert "retinanet_ext cannot be built here" in result.stderr
+    assert f"torch 2.11.0+cu130 in {site} does not import" in result.stderr
+    assert 'libcudart.so.13 is gone\nMend it, or name them:  TORCH_CUDA_ARCH_LIST="9.0"' in result.stderr
+    assert ask(site, programs, TORCH_CUDA_ARCH_LIST="9.0").stdout.strip() == "[]"
