@@ -13,6 +13,7 @@ import pytest
 import torch
 from rank_processes import SECONDS, in_processes
 from small_retinanet import PICTURES, build_small_model, small_model
+from test_engine_losses import WAITING, Calls
 from torch import distributed
 
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
@@ -28,6 +29,7 @@ from retinanet_ext.engine.rank_evaluation import evaluate_together  # noqa: E402
 from retinanet_ext.engine.schedule import make_optimizer, make_scheduler  # noqa: E402
 from retinanet_ext.engine.settings import SettingError, UsageError  # noqa: E402
 from retinanet_ext.engine.stepper import Stepper  # noqa: E402
+from retinanet_ext.models.normalizers import NORMALIZERS, LossNormalizer  # noqa: E402
 
 SIZE = 2
 CPU = torch.device("cpu")
@@ -62,32 +64,66 @@ def make_stepper(model, world=None, **options):
     return Stepper(model, optimizer, make_scheduler(optimizer, 10, 0, "cosine"), CPU, world=world, **options)
 
 
-def step_by_step(groups, world=None):
-    """Gradients of each step, its numbers, and the weights after all of them, in float64."""
-    model = small_model().double().train()
-    stepper = make_stepper(model, world)
-    gradients, values = [], []
+def step_by_step(groups, world=None, normalizer="per_image", **options):
+    """Gradients of each step, its numbers, the running normalizer after it, and the weights after all of them, in
+    float64."""
+    model = small_model(loss_normalizer=normalizer).double().train()
+    model.loss_normalizer.float()
+    stepper = make_stepper(model, world, **options)
+    gradients, values, averages = [], [], []
     for group in groups:
         taken = stepper.take(group)
         gradients.append(None if taken is None else [p.grad.clone() for p in model.parameters()])
         values.append(None if taken is None else taken.values)
-    return gradients, values, [p.detach().clone() for p in model.parameters()]
+        averages.append(float(getattr(model.loss_normalizer, "average", 0)))
+    return gradients, values, [p.detach().clone() for p in model.parameters()], averages
 
 
 # Of two batches that are accumulated; of five images, three for one process and two for the other; of one image, which
-# leaves a process without any; of none at all.
-GROUPS = ([make_batch(4), make_batch(3, 4)], [make_batch(5, 7)], [make_batch(1, 2)], [make_batch(0)], [make_batch(2)])
+# leaves a process without any; of none at all; of two images; of batches of one image, of none, and of two.
+GROUPS = (
+    [make_batch(4), make_batch(3, 4)],
+    [make_batch(5, 7)],
+    [make_batch(1, 2)],
+    [make_batch(0)],
+    [make_batch(2)],
+    [make_batch(1, 4), make_batch(0), make_batch(2, 3)],
+)
 
 
 def steps_of_a_process():
     with joined(started_world()) as world:
         groups = [[share_of(batch, world.rank, world.size) for batch in group] for group in GROUPS]
-        return step_by_step(groups, world)
+        steps = {kind: step_by_step(groups, world, kind) for kind in NORMALIZERS}
+        normalizer, foreground = LossNormalizer("ema"), torch.tensor([3, 0], dtype=torch.int32)
+        with Calls() as calls:
+            normalizer(foreground)
+        assert torch.ops.c10d.allreduce_.default in calls.names
+        assert not WAITING.intersection(calls.names)
+        return steps, losses_without_the_others() if world.is_main else None
+
+
+def losses_without_the_others():
+    """Of the cause of a failure, of a validation: one process may have them to compute and the others not."""
+    found = []
+    for kind in NORMALIZERS:
+        model, batch = small_model(loss_normalizer=kind).train(), make_batch(3)
+        batch = batch._replace(images=[image.float() for image in batch.images])
+        found.append(make_stepper(model).losses_in_float32(batch))
+        assert model.loss_normalizer.training
+        targets = [{name: target[name] for name in ("boxes", "labels")} for target in batch.targets]
+        found.append(model.eval().detections_and_losses(batch.images, targets)[1])
+    return [{name: float(value.detach().sum()) for name, value in losses.items()} for losses in found]
 
 
 @pytest.fixture(scope="module")
 def alone():
     return step_by_step(GROUPS)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    return in_processes(SIZE, steps_of_a_process)
 
 
 def assert_close(mine, right):
@@ -96,15 +132,46 @@ def assert_close(mine, right):
         assert (a - b).abs().max() <= 1e-6 * b.abs().max()
 
 
-def test_gradients_of_two_processes_are_those_of_one(alone):
-    expected_gradients, expected_values, expected_weights = alone
-    for gradients, values, weights in in_processes(SIZE, steps_of_a_process):
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_gradients_of_two_processes_are_those_of_one(normalizer, processes):
+    """With a normalizer of the whole batch its foreground is that of both."""
+    expected_gradients, expected_values, expected_weights, expected_averages = step_by_step(GROUPS, None, normalizer)
+    assert normalizer != "ema" or len(set(expected_averages)) == len(GROUPS) - 1
+    for of_kind, _ in processes:
+        gradients, values, weights, averages = of_kind[normalizer]
         assert gradients[3] is None
         assert expected_gradients[3] is None
-        for step in (0, 1, 2, 4):
+        for step in (0, 1, 2, 4, 5):
             assert_close(gradients[step], expected_gradients[step])
             torch.testing.assert_close(values[step], expected_values[step], rtol=1e-5, atol=1e-6)
         assert_close(weights, expected_weights)
+        assert averages == expected_averages
+
+
+def test_losses_outside_of_a_step_wait_for_no_other_process(processes):
+    (_, found), _ = processes
+    assert found == losses_without_the_others()
+
+
+COMPILED = [[make_batch(2, 1)], [make_batch(1, 2)]]  # the second leaves a process without images
+
+
+def compiled_steps_of_a_process():
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module, **options: compile_module(module, backend="aot_eager", **options)
+    with joined(started_world()) as world:
+        groups = [[share_of(batch, world.rank, world.size) for batch in group] for group in COMPILED]
+        return step_by_step(groups, world, "ema", compiled=True)
+
+
+def test_compiled_steps_of_two_processes_are_those_of_one():
+    """One graph, the sum over the processes in it."""
+    expected_gradients, expected_values, _, expected_averages = step_by_step(COMPILED, None, "ema")
+    for gradients, values, _, averages in in_processes(SIZE, compiled_steps_of_a_process):
+        for mine, right in zip(gradients, expected_gradients, strict=True):
+            assert_close(mine, right)
+        torch.testing.assert_close(values, expected_values, rtol=1e-5, atol=1e-6)
+        assert averages == expected_averages
 
 
 def synchronised_steps_of_a_process():
@@ -133,16 +200,16 @@ def synchronised_steps_of_a_process():
 
 def test_synchronised_layers_meet_where_a_process_has_no_image():
     (seen, gradients), (others, same) = in_processes(SIZE, synchronised_steps_of_a_process)
-    assert seen == others == [4, 3, 5, 1, 2, 1, 2, 0]
+    assert seen == others == [4, 3, 5, 1, 2, 1, 2, 1, 2, 0]
     assert all(map(torch.equal, gradients, same))
     assert any(gradient.any() for gradient in gradients)
 
 
 def test_accumulated_batches_are_one_batch(alone):
-    (two, *_), _, _ = alone
-    (one,), _, _ = step_by_step([[make_batch(7)]])
+    two = alone[0][0]
+    (one,), *_ = step_by_step([[make_batch(7)]])
     assert_close(one, two)
-    (with_none,), _, _ = step_by_step([[make_batch(7), make_batch(0)]])
+    (with_none,), *_ = step_by_step([[make_batch(7), make_batch(0)]])
     assert_close(one, with_none)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from retinanet_ext import ops
 from retinanet_ext.data import Batch
-from retinanet_ext.models import RetinaNet
+from retinanet_ext.models import LossNormalizer, RetinaNet
 from retinanet_ext.models.retinanet import _FOCAL_ALPHA, _FOCAL_GAMMA
 from retinanet_ext.models.targets import check_images, check_targets
 from retinanet_ext.models.transform import resize_boxes
@@ -25,8 +25,14 @@ class Losses(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        # The processes meet in each layer too, not only where gradients are summed.
-        self.synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        # The processes meet in each layer, or where foreground is counted, too, not only where gradients are summed.
+        self.in_layers = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        self.counted = [m for m in model.modules() if isinstance(m, LossNormalizer) and m.of_whole_batch]
+
+    @property
+    def synchronised(self) -> bool:
+        """Whether a process without images has to take part in the forward pass of the others."""
+        return self.in_layers or bool(self.counted)
 
     def prepare(self, batch: Batch, device: torch.device) -> tuple[Any, ...]:
         """What `forward` takes, on `device`."""
@@ -40,14 +46,29 @@ class Losses(nn.Module):
     def forward(self, *prepared: Any) -> dict[str, Tensor]:
         if prepared:
             return self.compute(*prepared)
-        if self.synchronised:
+        if self.in_layers:
             nothing = self._of_no_images()
         else:
             nothing = sum(parameter[:0].sum() for parameter in self.model.parameters() if parameter.requires_grad)
+        for normalizer in self.counted:
+            normalizer(torch.zeros(0, dtype=torch.int32, device=nothing.device))
         return {"classification": nothing, "bbox_regression": nothing}
 
     def compute(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return self.model(images, targets)
+
+    def alone(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """The losses of a batch without gradients, by this process's own counts: no other one is waited for, unless in
+        synchronised layers."""
+        modes = [normalizer.training for normalizer in self.counted]
+        for normalizer in self.counted:
+            normalizer.eval()
+        try:
+            with torch.no_grad():
+                return self.compute(*self.prepare(batch, device))
+        finally:
+            for normalizer, mode in zip(self.counted, modes, strict=True):
+                normalizer.train(mode)
 
     def _of_no_images(self) -> Tensor:
         """Zero, from the whole network: synchronised normalisation takes part with a count of 0, in the order in which

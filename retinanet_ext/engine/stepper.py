@@ -35,7 +35,8 @@ class Stepper:
     """Takes the optimizer steps of a run, for any model with torchvision's training interface.
 
     The loss of a step is the mean over all its images: those of all processes, and of all the batches that are
-    accumulated. Neither may have as many as another. On a GPU nothing in a step waits for the device.
+    accumulated. Neither need have as many as another. A normalizer of the whole batch (`LossNormalizer`) counts each
+    of the accumulated batches by itself, over all processes. On a GPU nothing in a step waits for the device.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Stepper:
         if images == 0:
             return None
         if self.own_losses.synchronised and self.world.size > 1:
-            # Statistics of no image at all would not be finite.
+            # Statistics of no image at all would not be finite, and a running mean of foreground would move on.
             batches = [batch for batch in batches if self.world.total(len(batch.images))]
         before = Before(self.model, self.scheduler, self.average)
         rate = current_rate(self.scheduler)
@@ -92,8 +93,7 @@ class Stepper:
 
     def losses_in_float32(self, batch: Batch) -> dict[str, Tensor]:
         """Of this process alone, without gradients."""
-        with torch.no_grad():
-            return self.own_losses.compute(*self.own_losses.prepare(batch, self.device))
+        return self.own_losses.alone(batch, self.device)
 
     def _step(self, batches: Sequence[Batch], images: int) -> Tensor:
         """Gradients and update of the weights; `Taken.values`."""

@@ -8,13 +8,14 @@ With f_b the number of foreground anchors of image b, of B images:
 - "foreground": all losses by the sum of max(1, f_b) (mmdet);
 - "foreground_plus_one": all losses by the sum of f_b + 1 (Detectron, with which the paper's models were trained).
 
-Each process of a distributed training counts its own images, as it is in all of them.
+The batch is that of all processes of a training: the last three are summed over them, so that several processes have
+the gradients of one. This differs by intention from detectron2, where each process divides by what it counted itself.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 NORMALIZERS = ("per_image", "ema", "foreground", "foreground_plus_one")
 EMA_START, EMA_MOMENTUM = 100.0, 0.9
@@ -23,12 +24,18 @@ EMA_START, EMA_MOMENTUM = 100.0, 0.9
 class LossNormalizer(nn.Module):
     """The divisor of a batch's losses. The host never waits for the device.
 
+    In training mode, where a process group is initialised (`torch.distributed`) and has several processes, all kinds
+    but "per_image" add up over the default group, by one collective of two integers: as with synchronised BatchNorm,
+    every process has to take part in every step, one without images by an empty ``num_foreground``. In evaluation mode
+    processes never meet.
+
     Args:
         kind: one of `NORMALIZERS`.
 
     Attributes:
-        average: of "ema": the running mean, a float32 scalar. Not in the state dict, so that other implementations'
-            weights load strictly; checkpoints of `retinanet_ext.engine` hold it beside the weights.
+        average: of "ema": the running mean, a float32 scalar, the same on every process. Not in the state dict, so that
+            other implementations' weights load strictly; checkpoints of `retinanet_ext.engine` hold it beside the
+            weights.
 
     Raises:
         ValueError: another ``kind``.
@@ -42,26 +49,62 @@ class LossNormalizer(nn.Module):
         if kind == "ema":
             self.register_buffer("average", torch.tensor(EMA_START), persistent=False)
 
+    @property
+    def of_whole_batch(self) -> bool:
+        """Whether an image's loss is divided by what is counted in all images of the batch."""
+        return self.kind != "per_image"
+
     def forward(self, num_foreground: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Foreground anchors of each image, integers ``[B]``, to the divisor of its loss: ``[B]``, or a scalar for all.
 
         In training mode the running mean moves on; in evaluation mode it stays.
+
+        Of several processes each gets its share of the divisor, that of its images among those of all. The mean of
+        their losses, weighted by their images, is then the loss of one process with all images, and where all have as
+        many (DistributedDataParallel's mean) without weights too.
         """
-        if self.kind == "per_image":
+        if not self.of_whole_batch:
             return num_foreground.shape[0] * num_foreground.clamp(min=1).to(dtype)
-        if self.kind == "foreground":
-            return num_foreground.clamp(min=1).sum().to(dtype)
-        if self.kind == "foreground_plus_one":
-            return (num_foreground + 1).sum().to(dtype)
+        images = num_foreground.shape[0]
+        count = self.count(num_foreground)
+        together = self.training and _several_processes()
+        if together:
+            count, all_images = _sums_over_processes(count, images)
+        if self.kind != "ema":
+            return (count * images).to(dtype) / all_images if together else count.to(dtype)
         if self.training:
-            self._move_on(num_foreground)
+            self._move_on(count)
+        if together:
+            return self.average.to(dtype) * images / all_images
         # A copy: backward reads it, maybe after the next batch has moved the mean on.
         return self.average.to(dtype, copy=True)
 
+    def count(self, num_foreground: Tensor) -> Tensor:
+        """What is counted in a batch, of this process alone, int64 scalar: images ("per_image"), or foreground as the
+        kind has it (of "ema" the sum of f_b, before the limit of 1)."""
+        if self.kind == "per_image":
+            return torch.ones_like(num_foreground).sum()
+        if self.kind == "foreground":
+            return num_foreground.clamp(min=1).sum()
+        if self.kind == "foreground_plus_one":
+            return (num_foreground + 1).sum()
+        return num_foreground.sum()
+
     @torch.no_grad()
-    def _move_on(self, num_foreground: Tensor) -> None:
-        of_batch = num_foreground.sum().clamp(min=1).to(self.average.dtype)
+    def _move_on(self, count: Tensor) -> None:
+        of_batch = count.clamp(min=1).to(self.average.dtype)
         self.average.mul_(EMA_MOMENTUM).add_(of_batch, alpha=1 - EMA_MOMENTUM)
 
     def extra_repr(self) -> str:
         return self.kind
+
+
+def _several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _sums_over_processes(count: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """`count` and `images` of all processes."""
+    sums = torch.stack([count, torch.full_like(count, images)])
+    distributed.all_reduce(sums)
+    return sums[0], sums[1]
