@@ -243,27 +243,44 @@ def test_a_loss_that_is_not_finite_stops_all_processes_with_one_message():
     assert "5 has pixels that are not finite" in message
 
 
+def evaluation(world, data, normalizer):
+    """Of images of several sizes, by batches of two."""
+    dataset = open_dataset(data, "val")
+    model = small_model(len(dataset.class_names), loss_normalizer=normalizer).eval()
+    model.score_thresh = 0.0
+    load = dataset.__getitem__
+
+    class Cut:
+        def __getattr__(self, name):
+            return getattr(dataset, name)
+
+        def __len__(self):
+            return len(dataset)
+
+        def __getitem__(self, index):
+            image, target = load(index)
+            return image[:, : 32 - 8 * index], target
+
+    return evaluate_together(world, model, Cut(), batch_size=2)
+
+
 def evaluate_in_a_process(data):
     with joined(started_world()) as world:
-        dataset = open_dataset(data, "val")
-        model = small_model(len(dataset.class_names)).eval()
-        model.score_thresh = 0.0
-        return evaluate_together(world, model, dataset, batch_size=2)
+        return [evaluation(world, data, normalizer) for normalizer in NORMALIZERS]
 
 
-def test_each_image_is_evaluated_once(data, tmp_path):
-    first, second = in_processes(SIZE, evaluate_in_a_process, data)
-    dataset = open_dataset(data, "val")
-    model = small_model(len(dataset.class_names)).eval()
-    model.score_thresh = 0.0
-    expected = evaluate_together(World(), model, dataset, batch_size=1)
-    assert first.image_ids == expected.image_ids == [1, 2, 3]
-    assert first.detections == expected.detections
-    assert second.detections == []
-    for result in (first, second):
-        assert result.images == 3
-        assert result.metrics == pytest.approx(expected.metrics, nan_ok=True)
-        assert result.losses == pytest.approx(expected.losses, rel=1e-9)
+def test_each_image_is_evaluated_once(data):
+    """With the images beside it, and thus the padding, that it has in one process."""
+    every = in_processes(SIZE, evaluate_in_a_process, data)
+    for normalizer, first, second in zip(NORMALIZERS, *every, strict=True):
+        expected = evaluation(World(), data, normalizer)
+        assert first.image_ids == expected.image_ids == [1, 2, 3]
+        assert first.detections == expected.detections
+        assert second.detections == []
+        for result in (first, second):
+            assert result.images == 3
+            assert result.metrics == pytest.approx(expected.metrics, nan_ok=True)
+            assert result.losses == pytest.approx(expected.losses, rel=1e-9)
 
 
 class Killed(BaseException):

@@ -1,5 +1,6 @@
 """The pictures of a run and of predictions, the verdicts behind them, the validation loss, and the event log."""
 
+import copy
 import csv
 import json
 import math
@@ -29,7 +30,8 @@ from retinanet_ext.engine.plots_labels import plot_labels  # noqa: E402
 from retinanet_ext.engine.sheets import with_pictures, write_annotations, write_detections  # noqa: E402
 from retinanet_ext.engine.train import Training  # noqa: E402
 from retinanet_ext.engine.validation_loss import MeanLosses, detect_with_losses  # noqa: E402
-from retinanet_ext.models import retinanet_resnet18_fpn  # noqa: E402
+from retinanet_ext.models import LossNormalizer, retinanet_resnet18_fpn  # noqa: E402
+from retinanet_ext.models.normalizers import NORMALIZERS  # noqa: E402
 
 
 class Writer:
@@ -153,12 +155,21 @@ def test_losses_beside_detections_are_those_of_training_without_batch_statistics
         assert all(torch.equal(one[name], other[name]) for name in ("boxes", "scores", "labels"))
 
 
-def test_the_mean_loss_is_that_of_the_images(model, data):
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_the_mean_loss_is_that_of_the_images(model, data, normalizer):
+    """However they are batched; with a normalizer of the whole batch, the set is one batch."""
+    model = copy.deepcopy(model)
+    model.loss_normalizer = LossNormalizer(normalizer).eval()
     dataset = open_dataset(data, "val")
     dataset.records = dataset.records[:3]
     whole, uneven = (evaluate(model, dataset, batch_size=size).losses for size in (3, 2))
     assert whole.keys() == {"classification", "bbox_regression", "total"}
     assert uneven == pytest.approx(whole, rel=1e-5)
+    if normalizer in ("foreground", "foreground_plus_one"):
+        images, targets = zip(*(dataset[index] for index in range(3)), strict=True)
+        with torch.no_grad():
+            expected = detect_with_losses(model, images, targets)[1]
+        assert whole["classification"] == pytest.approx(float(expected["classification"]), rel=1e-6)
     losses = MeanLosses()
     assert losses.result() == {}
     losses.add({"classification": torch.tensor(1.0)}, 3)

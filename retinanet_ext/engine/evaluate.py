@@ -61,7 +61,7 @@ def predict_dataset(
     progress=None,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple[list[dict[str, Any]], list[int], list[Problem], dict[str, float]]:
+) -> tuple[list[dict[str, Any]], list[int], list[Problem], MeanLosses]:
     """COCO results of `model` on every readable image: (detections, ids of the images seen, problems, losses).
 
     `progress` wraps the iterable of batches (tqdm, for instance). Process `rank` of `world_size` takes its share of the
@@ -90,12 +90,12 @@ def predict_dataset(
         images = [image.to(device, non_blocking=True) for image in batch.images]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             outputs, of_batch = detect_with_losses(model, images, batch.targets)
-        losses.add(of_batch, len(images))
+        losses.add(of_batch, len(images), model)
         for output, target in zip(outputs, batch.targets, strict=True):
             seen.append(target["image_id"])
             detections.extend(coco_results(output, target["image_id"], dataset))
     model.train(was_training)
-    return detections, seen, problems, losses.result()
+    return detections, seen, problems, losses.on_host()
 
 
 def coco_results(output: dict[str, Any], image_id: int, dataset: DetectionDataset) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ def evaluate(
     )
     seconds = time.perf_counter() - start
     result = score_detections(dataset.to_coco(seen), detections)
-    result.problems, result.losses, result.image_ids = problems, losses, seen
+    result.problems, result.losses, result.image_ids = problems, losses.result(), seen
     result.images = len(seen)
     result.seconds = seconds
     return result

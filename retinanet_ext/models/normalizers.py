@@ -80,10 +80,8 @@ class LossNormalizer(nn.Module):
         return self.average.to(dtype, copy=True)
 
     def count(self, num_foreground: Tensor) -> Tensor:
-        """What is counted in a batch, of this process alone, int64 scalar: images ("per_image"), or foreground as the
-        kind has it (of "ema" the sum of f_b, before the limit of 1)."""
-        if self.kind == "per_image":
-            return torch.ones_like(num_foreground).sum()
+        """What a kind of the whole batch counts in these images, of this process alone, int64 scalar; of "ema" the sum
+        of f_b, before the limit of 1."""
         if self.kind == "foreground":
             return num_foreground.clamp(min=1).sum()
         if self.kind == "foreground_plus_one":
