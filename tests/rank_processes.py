@@ -38,14 +38,18 @@ def _in_process(rank, size, port, pipe, function, arguments):
         raise SystemExit(1) from None
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def in_processes(size, function, *arguments, start=START):
     """What ``function(*arguments)`` returns in each of ``size`` processes, by rank; their errors fail the test.
     ``function`` is a module's own, by its name."""
     context = multiprocessing.get_context(start)
     function = place_of(function)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
         context.Process(target=_in_process, args=(rank, size, port, pipe[1], function, arguments))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import SECONDS, in_processes
+from rank_processes import SECONDS, free_port, in_processes
 from small_retinanet import PICTURES, build_small_model, small_model
 from test_engine_losses import WAITING, Calls
 from torch import distributed
@@ -346,6 +346,44 @@ def test_torchrun_trains_and_writes_one_run(data, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run" / "steps.csv")] == ["1", "2"]
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     assert {"args.json", "labels.png", "results.png", "PR_curve.png"} <= {path.name for path in tmp_path.glob("run/*")}
+
+
+def test_two_machines_write_one_run(data, tmp_path):
+    """Two agents of torchrun, each in a folder of its own; that of the second machine stays empty."""
+    port, folders, agents = free_port(), [tmp_path / "first", tmp_path / "second"], []
+    try:
+        for rank, folder in enumerate(folders):
+            folder.mkdir()
+            where = (
+                f"--nnodes {SIZE} --nproc-per-node 1 --node-rank {rank} --master-addr 127.0.0.1 --master-port {port}"
+            )
+            agents.append(
+                subprocess.Popen(
+                    [
+                        *(sys.executable, "-m", "torch.distributed.run", *where.split(), "-m", "retinanet_ext"),
+                        *(*options(data, "run"), "--preset", "detectron2"),
+                    ],
+                    cwd=folder,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        outputs = [agent.communicate(timeout=SECONDS) for agent in agents]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                agent.terminate()  # an agent ends its processes then
+                agent.wait(30)
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    (said, _), (said_by_second, _) = outputs
+    assert said.count("2 processes, float32, 1 epochs of 2 steps of 3 images") == 1
+    assert said_by_second == ""
+    assert {path.name for path in folders[0].iterdir()} == {"run"}
+    assert not list(folders[1].iterdir())
+    assert [row["step"] for row in rows(folders[0] / "run" / "steps.csv")] == ["1", "2"]
+    assert json.loads((folders[0] / "run" / "metrics.json").read_text())["images"] == 3
 
 
 def test_two_processes_that_are_killed_and_resumed_equal_those_that_were_not(data, tmp_path):
