@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from gpu_ring_facts import TRAIN_PACKAGES
 from gpu_ring_process import run_process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,7 +221,7 @@ def pytest_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", *options, "--tb=short", *arguments]
 
 
-GATES = ("graph", "sync", "identity", "large")
+GATES = ("graph", "sync", "identity", "large", "runs")
 SELECTIONS = {
     "tests": " and ".join(["cuda", *(f"not {gate}" for gate in GATES)]),
     **{gate: f"cuda and {gate}" for gate in GATES},
@@ -228,9 +229,9 @@ SELECTIONS = {
 }
 
 
-def prepare_tests(selection: str) -> Callable[[Ring], Command]:
+def prepare_tests(selection: str, *packages: str) -> Callable[[Ring], Command]:
     def prepare(ring: Ring) -> Command:
-        ring.need("pytest", "hypothesis")
+        ring.need("pytest", "hypothesis", *packages)
         return Command(pytest_command("--maxfail=30", "-m", SELECTIONS[selection], *marked_files()))
 
     return prepare
@@ -320,6 +321,9 @@ STAGES = (
     Stage("sync", "the host never waits for the device", 20, 50, prepare_tests("sync"), judge_tests),
     Stage("identity", "the same bits in 100 runs", 20, 50, prepare_tests("identity"), judge_tests),
     Stage("large", "more than 2^31 elements", 25, 70, prepare_tests("large"), judge_tests),
+    Stage(
+        "runs", "train, val, predict and export on the GPU", 30, 90, prepare_tests("runs", *TRAIN_PACKAGES), judge_tests
+    ),
     *(
         Stage(tool, f"compute-sanitizer: {about}", 25, 75, prepare_sanitizer(tool), judge_sanitizer)
         for tool, about in {

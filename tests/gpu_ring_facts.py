@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pytest", "pytest-benchmark", "hypothesis", "expecttest", "mpmath", "numpy", "torchvision", "triton")
+TRAIN_PACKAGES = ("pillow", "faster-coco-eval", "matplotlib", "tqdm")
 BUILD_PACKAGES = ("setuptools", "cmake", "ninja")
 
 
@@ -64,7 +65,7 @@ def machine_facts() -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.platform()}, {' '.join(platform.libc_ver())}",
         "processors": os.cpu_count(),
-        "packages": {name: package_version(name) for name in (*PACKAGES, *BUILD_PACKAGES)},
+        "packages": {name: package_version(name) for name in (*PACKAGES, *TRAIN_PACKAGES, *BUILD_PACKAGES)},
         "nvcc": output_of("nvcc", "--version", containing="release"),
         "compute_sanitizer": sanitizer,
         "compute_sanitizer_version": output_of(sanitizer, "--version", containing="ersion ") if sanitizer else None,

@@ -220,7 +220,7 @@ def test_list_names_every_stage(capsys):
     assert gpu_ring.main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    gates = ["graphs", "sync", "identity", "large"]
+    gates = ["graphs", "sync", "identity", "large", "runs"]
     assert listed == ["environment", "build", "tests", *gates, *tools, "benchmarks"]
 
 
@@ -248,7 +248,7 @@ def test_without_a_gpu_every_stage_says_why_it_is_skipped(tmp_path):
 def ring(tmp_path):
     """A ring on a machine with a GPU and everything else, as far as its facts go."""
     ring = gpu_ring.Ring(gpu_ring.parse_options(["--out", str(tmp_path)], gpu_ring.STAGES))
-    packages = dict.fromkeys(["pytest", "pytest-benchmark", "hypothesis"], "1.0")
+    packages = dict.fromkeys(["pytest", "pytest-benchmark", "hypothesis", *gpu_ring.TRAIN_PACKAGES], "1.0")
     ring.facts = {"gpu": "a GPU", "capability": "9.0", "packages": packages, "nvcc": "release 13.0"}
     ring.facts["compute_sanitizer"] = "/bin/sanitizer"
     ring.library = tmp_path / "site/retinanet_ext"
@@ -260,11 +260,13 @@ def prepare(ring, name):
 
 
 def test_what_is_missing_is_the_reason_of_a_skip(ring):
-    ring.facts["packages"]["pytest-benchmark"] = None
+    ring.facts["packages"] |= dict.fromkeys(["pytest-benchmark", *gpu_ring.TRAIN_PACKAGES])
     ring.facts["compute_sanitizer"] = None
     for name, reason in (("benchmarks", "pytest-benchmark is not installed"), ("memcheck", "is not on the PATH")):
         with pytest.raises(gpu_ring.Skip, match=reason):
             prepare(ring, name)
+    with pytest.raises(gpu_ring.Skip, match="pillow and faster-coco-eval and matplotlib and tqdm is not installed"):
+        prepare(ring, "runs")
     prepare(ring, "tests")
     ring.library, ring.no_library = None, "the stage `build` left no library"
     with pytest.raises(gpu_ring.Skip, match="the stage `build` left no library"):
