@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from retinanet_ext.models.normalizers import NORMALIZERS, LossNormalizer
+
 RANKS = 2
 STEPS = (TARGETS, OTHER_TARGETS)  # the second one: an image without boxes is elsewhere or nowhere
 
@@ -29,8 +31,14 @@ def train(model, optimizer, images, steps, full=lambda tensor: tensor) -> list[d
     return gradients
 
 
-def of_one_process() -> list[dict[str, torch.Tensor]]:
-    model = tiny_retinanet().double()
+def normalized(kind: str) -> torch.nn.Module:
+    model = tiny_retinanet()
+    model.loss_normalizer = LossNormalizer(kind)
+    return model.double()
+
+
+def of_one_process(normalizer: str) -> list[dict[str, torch.Tensor]]:
+    model = normalized(normalizer)
     return train(model, sgd(model), [image.double() for image in IMAGES], STEPS)
 
 
@@ -43,14 +51,16 @@ def work(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     images, steps = [IMAGES[rank].double()], [targets[rank : rank + 1] for targets in STEPS]
 
-    replicated = DistributedDataParallel(tiny_retinanet().double())
-    results = {"replicated": train(replicated, sgd(replicated), images, steps)}
+    results, mesh = {}, init_device_mesh("cpu", (RANKS,))
+    for normalizer in NORMALIZERS:
+        replicated = DistributedDataParallel(normalized(normalizer))
+        results["replicated", normalizer] = train(replicated, sgd(replicated), images, steps)
 
-    sharded = tiny_retinanet().double()
-    mesh = init_device_mesh("cpu", (RANKS,))
-    for module in (sharded.backbone, sharded.head, sharded):
-        fully_shard(module, mesh=mesh)
-    results["sharded"] = train(sharded, sgd(sharded), images, steps, lambda tensor: tensor.full_tensor())
+        sharded = normalized(normalizer)
+        for module in (sharded.backbone, sharded.head, sharded):
+            fully_shard(module, mesh=mesh)
+        full = train(sharded, sgd(sharded), images, steps, lambda tensor: tensor.full_tensor())
+        results["sharded", normalizer] = full
 
     if rank == 0:
         results["operators"] = {name: call.run() for name, call in operator_calls().items()}

@@ -6,6 +6,8 @@ import torch.distributed as dist
 from distributed_steps import RANKS, of_one_process, work
 from operator_calls import OPERATORS, operator_calls
 
+from retinanet_ext.models.normalizers import NORMALIZERS
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -16,10 +18,11 @@ def results(tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
-def test_gradients_are_those_of_one_process(kind, results):
-    """The mean over two processes of an image each: each image's loss is divided by its own foreground."""
-    for found, expected in zip(results[kind], of_one_process(), strict=True):
+def test_gradients_are_those_of_one_process(kind, normalizer, results):
+    """The mean over two processes of an image each, which count foreground together where the normalizer does."""
+    for found, expected in zip(results[kind, normalizer], of_one_process(normalizer), strict=True):
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert gradient.abs().max() > 0, name
