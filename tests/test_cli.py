@@ -78,8 +78,8 @@ def test_train_ends_with_the_validation_of_its_best_epoch(trained, tmp_path, mon
     assert f"weights: {tmp_path / 'run' / 'weights' / 'best.pt'} (epoch 2)" in end
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert f"AP50 {metrics['AP50']:5.3f}" in end
-    assert [line.split()[0] for line in end.splitlines()[3:7]] == ["disc", "square", "triangle", "star"]
-    assert end.splitlines()[3].split()[3] == "0.750"
+    assert [line.split()[0] for line in end.splitlines()[4:8]] == ["disc", "square", "triangle", "star"]
+    assert end.splitlines()[4].split()[3] == "0.750"
     # With no epoch left the table is that of the files.
     status, out, _ = run(capsys, *argv, "3")
     assert status == 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 
 import numpy as np
@@ -19,6 +20,7 @@ from retinanet_ext.engine.evaluate import (
     coco_results,
     evaluate,
     format_metrics,
+    precisions_and_recalls,
     score_detections,
 )
 from retinanet_ext.engine.run_folder import RunFolder
@@ -54,10 +56,10 @@ BOX, OTHER, FAR = [10, 10, 40, 40], [60, 60, 30, 30], [0, 80, 10, 10]
 
 def test_a_perfect_detection(capsys):
     result = score_detections(truth([(1, 1, BOX)]), found((1, 1, BOX, 0.9)))
-    for name in ("AP", "AP50", "AP75", "APm", "AR1", "AR100"):
+    for name in ("AP", "AP50", "AP75", "APm", "AR1", "AR10", "AR100", "ARm"):
         assert result.metrics[name] == pytest.approx(1.0)
-    assert math.isnan(result.metrics["APs"])
-    assert math.isnan(result.metrics["APl"])
+    for name in ("APs", "APl", "ARs", "ARl"):
+        assert math.isnan(result.metrics[name])
     assert result.precision50.shape == (101, 1)
     assert capsys.readouterr().out == ""
 
@@ -89,6 +91,21 @@ def test_a_second_detection_of_an_object_is_false():
     assert result.metrics["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
+def test_recall_by_the_size_of_the_object():
+    # 20 x 20, 40 x 40 and 100 x 100: of one small, two medium and two large ones one, one and both are found.
+    small, medium, large = ([[x, y, side, side] for x, y in ((0, 0), (200, 0))] for side in (20, 40, 100))
+    ground_truth = truth(
+        [(1, 1, small[0]), *((2, 1, box) for box in medium), *((3, 1, box) for box in large)], images=3
+    )
+    detections = found((1, 1, small[0], 0.9), (2, 1, medium[0], 0.9), *((3, 1, box, 0.9) for box in large))
+    result = score_detections(ground_truth, detections)
+    assert [result.metrics[name] for name in ("ARs", "ARm", "ARl", "AR100")] == pytest.approx([1.0, 0.5, 1.0, 0.8])
+    # Two lines, in COCO's order.
+    precisions, recalls = format_metrics(result).splitlines()[:2]
+    assert precisions.split()[::2] == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+    assert recalls == "AR1 0.600  AR10 0.800  AR100 0.800  ARs 1.000  ARm 0.500  ARl 1.000"
+
+
 def test_classes_are_counted_apart():
     result = score_detections(
         truth([(1, 1, BOX), (2, 2, BOX), (2, 3, OTHER)], classes=4, images=2),
@@ -117,7 +134,7 @@ def test_figures_go_to_their_class_whatever_the_order_of_the_ids():
 
 
 def test_the_figures_are_those_of_pycocotools():
-    """Every precision: many images, crowds, objects of all sizes, ties of scores, empty images."""
+    """Every precision and recall: many images, crowds, objects of all sizes, ties of scores, empty images."""
     pycocotools = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
     from pycocotools.cocoeval import COCOeval
 
@@ -145,11 +162,27 @@ def test_the_figures_are_those_of_pycocotools():
         scorer.evaluate()
         scorer.accumulate()
         scorer.summarize()
+    precision, recall = scorer.eval["precision"], scorer.eval["recall"]
+    # Ten IoUs, 101 recalls, three classes, four areas, three limits of detections; all of them are there.
+    assert (precision.shape, recall.shape) == ((10, 101, 3, 4, 3), (10, 3, 4, 3))
+    assert (recall > -1).all()
+    ours = precisions_and_recalls(ground_truth, detections)
     # pycocotools adds 2^-52 to the number of detections that it divides by.
-    np.testing.assert_allclose(result.precision50, scorer.eval["precision"][0, :, :, 0, 2], rtol=0, atol=2.5e-16)
-    expected = [*scorer.stats[:9]]
-    assert [result.metrics[name] for name in METRICS] == pytest.approx(expected, abs=1e-12)
+    np.testing.assert_allclose(ours[0], precision, rtol=0, atol=2.5e-16)
+    np.testing.assert_array_equal(ours[1], recall)
+    np.testing.assert_array_equal(result.precision50, ours[0][0, :, :, 0, 2])
+    assert len(METRICS) == len(scorer.stats) == 12
+    assert [result.metrics[name] for name in METRICS] == pytest.approx([*scorer.stats], abs=1e-12)
     assert 0.05 < result.metrics["AP"] < 0.9
+    # By class, from its one evaluated alone.
+    for label, row in enumerate(result.per_class, start=1):
+        scorer.params.catIds = [label]
+        with contextlib.redirect_stdout(io.StringIO()):
+            scorer.evaluate()
+            scorer.accumulate()
+            scorer.summarize()
+        of_class = {name: float(scorer.stats[METRICS.index(name)]) for name in ("AP", "AP50", "AP75", "AR100")}
+        assert {name: row[name] for name in of_class} == pytest.approx(of_class, abs=1e-12)
 
 
 def test_no_detections_and_no_ground_truth():
@@ -179,6 +212,20 @@ def test_an_evaluation_is_read_back_from_its_files(tmp_path, without_pictures):
     assert "NaN" not in (tmp_path / "metrics.json").read_text()
     assert "Infinity" not in (tmp_path / "metrics.json").read_text()
     assert run.read_evaluation().losses == pytest.approx({"bbox_regression": 0.5})
+
+
+def test_an_evaluation_of_before_the_recalls_by_size_is_read(tmp_path, without_pictures):
+    run = RunFolder(tmp_path)
+    run.write_evaluation(score_detections(truth([(1, 1, BOX)]), found((1, 1, BOX, 0.9))), None)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["ARm"] == 1.0
+    for name in ("ARs", "ARm", "ARl"):
+        del metrics[name]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    again = run.read_evaluation()
+    assert again.metrics["AR100"] == 1.0
+    assert all(math.isnan(again.metrics[name]) for name in ("ARs", "ARm", "ARl"))
+    assert "ARm   -  " in format_metrics(again)
 
 
 def test_difficult_objects_count_neither_found_nor_missed():

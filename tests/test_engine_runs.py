@@ -1,5 +1,6 @@
 """Run folders: what goes on with one, what is refused one, and that no command destroys what another wrote."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -129,6 +130,28 @@ def test_resume_refuses_an_option_typed_at_its_default(option, trained, capsys):
     assert (status, out) == (2, "")
     assert f"error: {option[0]}: cannot be changed: --resume goes on as the run began" in err
     assert contents(trained) == before
+
+
+def test_a_run_from_before_some_figures_is_resumed_with_them(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    results, metrics = (tmp_path / "run" / name for name in ("results.csv", "metrics.json"))
+    later = ("ARs", "ARm", "ARl")
+    with open(results, newline="") as stream:
+        (before,) = csv.DictReader(stream)
+    assert all(name in before for name in later)
+    kept = [name for name in before if name not in later]
+    results.write_text("\n".join((",".join(kept), ",".join(before[name] for name in kept))) + "\n")
+    content = json.loads(metrics.read_text())
+    metrics.write_text(json.dumps({name: value for name, value in content.items() if name not in later}))
+    status, out, _ = run(capsys, "train", "--resume", tmp_path / "run", "--epochs", "2")
+    assert status == 0
+    assert "ARl" in out
+    with open(results, newline="") as stream:
+        first, second = csv.DictReader(stream)
+    assert first == {**before, **dict.fromkeys(later, "")}
+    assert all(second[name] for name in ("AP", "AR100"))
+    assert list(second) == list(before)
+    assert any(second[name] for name in later)
 
 
 def test_resume_refuses_fewer_epochs_than_the_run_has_finished(trained, tmp_path, capsys):

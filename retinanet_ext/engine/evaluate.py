@@ -24,14 +24,14 @@ from retinanet_ext.data.extras import require
 
 from .validation_loss import MeanLosses, detect_with_losses
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 @dataclass
 class Evaluation:
     """Results of one evaluation. A figure that has no ground truth to rest on is NaN.
 
-    `metrics`: COCO's nine that matter, by the names of METRICS. `per_class`: one dictionary a class: name,
+    `metrics`: COCO's twelve, by the names of METRICS. `per_class`: one dictionary a class: name,
     images, objects, AP, AP50, AP75, AR100. `precision50` float64 [101, K]: precision at IoU 0.5 at recall 0,
     0.01, ..., 1; None where the evaluation was read back from files. `detections`: COCO results (image_id,
     category_id, bbox xywh, score, file_name). `losses`: validation loss, by the names of `validation_loss.NAMES`;
@@ -145,6 +145,50 @@ def score_detections(ground_truth: dict[str, Any], detections: Sequence[dict[str
     Annotations with `ignore` 1 and `iscrowd` 0 are difficult objects: they match as objects do, and neither a
     match nor a miss counts. No detections at all is a result (AP 0), no ground truth too (NaN).
     """
+    precision, recall = precisions_and_recalls(ground_truth, detections)
+    categories = ground_truth["categories"]
+    metrics = {
+        "AP": _mean(precision[:, :, :, 0, 2]),
+        "AP50": _mean(precision[0, :, :, 0, 2]),
+        "AP75": _mean(precision[5, :, :, 0, 2]),
+        "APs": _mean(precision[:, :, :, 1, 2]),
+        "APm": _mean(precision[:, :, :, 2, 2]),
+        "APl": _mean(precision[:, :, :, 3, 2]),
+        "AR1": _mean(recall[:, :, 0, 0]),
+        "AR10": _mean(recall[:, :, 0, 1]),
+        "AR100": _mean(recall[:, :, 0, 2]),
+        "ARs": _mean(recall[:, :, 1, 2]),
+        "ARm": _mean(recall[:, :, 2, 2]),
+        "ARl": _mean(recall[:, :, 3, 2]),
+    }
+    images_of: dict[int, list[int]] = {category["id"]: [] for category in categories}
+    for annotation in ground_truth["annotations"]:
+        if not (annotation.get("iscrowd") or annotation.get("ignore")):
+            images_of[annotation["category_id"]].append(annotation["image_id"])
+    per_class = [
+        {
+            "class": category["name"],
+            "images": len(set(images_of[category["id"]])),
+            "objects": len(images_of[category["id"]]),
+            "AP": _mean(precision[:, :, k, 0, 2]),
+            "AP50": _mean(precision[0, :, k, 0, 2]),
+            "AP75": _mean(precision[5, :, k, 0, 2]),
+            "AR100": _mean(recall[:, k, 0, 2]),
+        }
+        for k, category in enumerate(categories)
+    ]
+    return Evaluation(metrics, per_class, precision[0, :, :, 0, 2].copy(), list(detections))
+
+
+def precisions_and_recalls(
+    ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """COCO's precisions, float64 [IoU 10, recall 101, K, area 4, limit 3], and recalls, float64 [IoU 10, K, area 4,
+    limit 3]; -1 where there is no ground truth.
+
+    IoUs 0.5, 0.55, ..., 0.95; recalls 0, 0.01, ..., 1; the K classes in the order of `categories`; areas all, small,
+    medium and large; limits of 1, 10 and 100 detections an image and class. Arguments: see `score_detections`.
+    """
     coco = require("faster_coco_eval.core.coco")
     truth, found = coco.COCO(), coco.COCO()
     # The scorer writes into the annotations.
@@ -172,42 +216,13 @@ def score_detections(ground_truth: dict[str, Any], detections: Sequence[dict[str
     # The scorer sorts the classes by their ids; here they are in the order of the labels.
     ids = [category["id"] for category in categories]
     order = np.searchsorted(sorted(ids), ids)
-    # precision [IoU 10, recall 101, K, area 4, detections 3], recall [IoU 10, K, area 4, detections 3]; -1:
-    # no truth.
-    precision, recall = scorer.eval["precision"][:, :, order], scorer.eval["recall"][:, order]
-    metrics = {
-        "AP": _mean(precision[:, :, :, 0, 2]),
-        "AP50": _mean(precision[0, :, :, 0, 2]),
-        "AP75": _mean(precision[5, :, :, 0, 2]),
-        "APs": _mean(precision[:, :, :, 1, 2]),
-        "APm": _mean(precision[:, :, :, 2, 2]),
-        "APl": _mean(precision[:, :, :, 3, 2]),
-        "AR1": _mean(recall[:, :, 0, 0]),
-        "AR10": _mean(recall[:, :, 0, 1]),
-        "AR100": _mean(recall[:, :, 0, 2]),
-    }
-    images_of: dict[int, list[int]] = {category_id: [] for category_id in ids}
-    for annotation in annotations:
-        if not (annotation.get("iscrowd") or annotation["id"] in scorer.difficult):
-            images_of[annotation["category_id"]].append(annotation["image_id"])
-    per_class = [
-        {
-            "class": category["name"],
-            "images": len(set(images_of[category["id"]])),
-            "objects": len(images_of[category["id"]]),
-            "AP": _mean(precision[:, :, k, 0, 2]),
-            "AP50": _mean(precision[0, :, k, 0, 2]),
-            "AP75": _mean(precision[5, :, k, 0, 2]),
-            "AR100": _mean(recall[:, k, 0, 2]),
-        }
-        for k, category in enumerate(categories)
-    ]
-    return Evaluation(metrics, per_class, precision[0, :, :, 0, 2].copy(), list(detections))
+    return scorer.eval["precision"][:, :, order], scorer.eval["recall"][:, order]
 
 
 def format_metrics(result: Evaluation) -> str:
     """The overall figures and a line a class, as a table."""
-    lines = ["  ".join(f"{name} {_figure(result.metrics[name])}" for name in METRICS)]
+    figures = [f"{name} {_figure(result.metrics[name])}" for name in METRICS]
+    lines = ["  ".join(figures[:6]), "  ".join(figures[6:])]
     width = max([len("class"), *(len(row["class"]) for row in result.per_class)])
     lines.append(f"{'class':<{width}}  images  objects     AP   AP50   AP75  AR100")
     for row in result.per_class:

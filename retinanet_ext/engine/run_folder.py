@@ -180,7 +180,8 @@ class RunFolder:
         if not (metrics_file.exists() and classes_file.exists()):
             return None
         content = json.loads(metrics_file.read_text(encoding="utf-8"))
-        metrics = {name: math.nan if content[name] is None else content[name] for name in METRICS}
+        # Older files have fewer.
+        metrics = {name: math.nan if content.get(name) is None else content[name] for name in METRICS}
         with open(classes_file, newline="", encoding="utf-8") as stream:
             per_class = [_class_figures(row) for row in csv.DictReader(stream)]
         losses = {name: content[f"val_{name}"] for name in LOSSES if f"val_{name}" in content}
