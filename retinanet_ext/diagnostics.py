@@ -165,9 +165,10 @@ def print_report() -> int:
     text, problems = environment_report()
     print(text)
     if not problems:
-        print("\nNo problem was found.")
+        print("\nNo problem was found.\nnext: retinanet-ext demo")
         return 0
     print("\nWhat is wrong:")
     for problem in problems:
         print(f"  - {problem}")
+    print("next: retinanet-ext env; again, once these are mended: a bug report needs all of the above")
     return 1

@@ -372,6 +372,83 @@ def test_env_prints_problems_and_fails_with_them(monkeypatch, capsys):
         assert ("no compiler" in printed) == bool(problems)
 
 
+def next_command(out):
+    """What follows "next:", as the parser understands it, and all that is said there."""
+    said = out.split("\nnext:")[1].strip()
+    program, *argv = shlex.split(said.splitlines()[0].split(";")[0])
+    assert program == "retinanet-ext"
+    return make_parser().parse_args(argv), said
+
+
+def test_every_command_says_what_to_do_next(trained, data, tmp_path, without_pictures, monkeypatch, capsys):
+    from retinanet_ext import diagnostics
+    from retinanet_ext.engine import bench, demo
+    from retinanet_ext.engine.bench_cases import make_cases
+
+    one = make_cases(torch.device("cpu"), image=(64, 64))[3]  # box_iou alone
+    monkeypatch.setattr(bench, "make_cases", lambda device: [one])
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: demo.DemoResult(tmp_path, 0.4, 0.9, 1.0, ()))
+    monkeypatch.setattr(diagnostics, "environment_report", lambda: ("versions", []))
+    shutil.copytree(trained, tmp_path / "my run")
+    weights = tmp_path / "my run" / "weights" / "best.pt"
+    device = ("--device", "cpu")
+    calls = {
+        "train": (("--resume", tmp_path / "my run"), "predict"),
+        "val": ((weights, data, "--run-dir", tmp_path / "my val", *device), "predict"),
+        "predict": (
+            (weights, data / "val", "--min-score", "0.001", "--score", "0.001", *device, "--run-dir", tmp_path / "p"),
+            "export",
+        ),
+        "anchors": ((data, "--min-size", "64", "--max-size", "64"), "train"),
+        "check-data": ((data, "--run-dir", tmp_path / "check"), "anchors"),
+        "bench": (("--seconds", "0.001", *device), "demo"),
+        "env": ((), "demo"),
+        "demo": (("--run-dir", tmp_path / "my demo"), "predict"),
+    }
+    for command, (argv, then) in calls.items():
+        status, out, _ = run(capsys, command, *argv)
+        assert status == 0, command
+        parsed, said = next_command(out)
+        assert parsed.command == then, command
+        if command in ("val", "predict"):
+            assert parsed.weights == str(weights)
+        if command == "val":
+            assert said.endswith(f"; {tmp_path / 'my val' / 'scores.png'} shows where --score should lie")
+    # An exported file is for other programs: two lines of Python.
+    export = ("export", weights, "--format", "torchvision", "--output", tmp_path / "model.pth")
+    status, out, _ = run(capsys, *export)
+    assert status == 0
+    assert "\nuse it:\n" in out
+    (commands,) = (action.choices for action in make_parser()._actions if action.dest == "command")
+    assert {*calls, "export"} == set(commands)
+
+
+def test_what_to_do_next_where_something_falls_short(trained, data, tmp_path, monkeypatch, capsys):
+    from retinanet_ext import diagnostics
+    from retinanet_ext.engine import bench
+    from retinanet_ext.engine.bench_cases import Case
+
+    def agree(mine, other):
+        raise AssertionError("not equal")
+
+    monkeypatch.setattr(bench, "make_cases", lambda device: [lambda: Case("x", float, float, agree)])
+    monkeypatch.setattr(diagnostics, "environment_report", lambda: ("versions", ["no compiler"]))
+    status, out, _ = run(capsys, "bench", "--seconds", "0.001")
+    assert (status, next_command(out)[0].command) == (1, "env")
+    status, out, _ = run(capsys, "env")
+    assert (status, next_command(out)[0].command) == (1, "env")
+    argv = ("predict", trained, data / "val", "--device", "cpu", "--no-pictures", "--min-score", "0.99", "--run-dir")
+    status, out, _ = run(capsys, *argv, tmp_path / "nothing")
+    assert status == 0
+    assert "\nnext: nothing scores more than --min-score 0.99: try a lower one, or train longer\n" in out
+    (tmp_path / "bad.png").write_text("no image")
+    argv = ("predict", trained, tmp_path / "bad.png", "--device", "cpu", "--run-dir", tmp_path / "bad")
+    status, out, err = run(capsys, *argv)
+    assert status == 1
+    assert "next:" not in out
+    assert err.endswith(f"all in {tmp_path / 'bad' / 'problems.txt'}: mend these files, or leave them out\n")
+
+
 def test_demo_in_small(tmp_path, capsys):
     """One step on four images, whose losses it makes smaller."""
     from retinanet_ext.data import make_loader, open_dataset

@@ -143,7 +143,9 @@ def test_the_command_reports_and_says_how_to_train(tmp_path, capsys):
     # What is proposed is accepted, and then there is nothing better.
     sizes, ratios = command.split("--anchor-sizes ")[1].split(" --aspect-ratios ")
     assert main([*argv, "--anchor-sizes", *sizes.split(), "--aspect-ratios", *ratios.split()]) == 0
-    assert "keep them" in capsys.readouterr().out
+    kept = capsys.readouterr().out
+    assert "keep them" in kept
+    assert kept.endswith(f"\n{command}\n")
     assert main([*argv, "--preset", "paper"]) == 0
     assert f"next: retinanet-ext train {data} --min-size 64 --max-size 64 --preset paper --anchor-s" in (
         capsys.readouterr().out
@@ -151,4 +153,6 @@ def test_the_command_reports_and_says_how_to_train(tmp_path, capsys):
 
 
 def test_a_set_without_objects_has_nothing_to_cover(capsys):
-    assert "nothing to cover" in report_anchors(dataset_of(np.zeros((0, 2))), TrainConfig("x"))
+    said = report_anchors(dataset_of(np.zeros((0, 2))), TrainConfig("a set", images="its images"))
+    assert "nothing to cover" in said
+    assert said.endswith("\nnext: retinanet-ext check-data 'a set' --images 'its images'")

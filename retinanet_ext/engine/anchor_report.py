@@ -191,17 +191,17 @@ def report_anchors(dataset: DetectionDataset, config: TrainConfig) -> str:
     resized = f"images resized to {config.min_size[-1]}, at most {config.max_size}"
     names = dataset.class_names
     parts = [f"{current.options()}, {resized}:", coverage_table(boxes, best_overlaps(boxes, current), names)]
+    data = shlex.quote(config.data) + ("" if config.images is None else f" --images {shlex.quote(config.images)}")
     if not len(boxes.xyxy):
-        return f"{dataset.name}: no object counts: there is nothing to cover"
+        return f"{dataset.name}: no object counts: there is nothing to cover\nnext: retinanet-ext check-data {data}"
     better = propose_anchors(boxes, current)
     if better is None:
         parts.append("no sizes and ratios of the same number cover clearly more: keep them")
     else:
-        images = "" if config.images is None else f"--images {shlex.quote(config.images)} "
         parts += [
             f"\n{better.options()}, at the same cost:",
             coverage_table(boxes, best_overlaps(boxes, better), names),
-            f"next: retinanet-ext train {shlex.quote(config.data)} {images}--min-size {config.min_size[-1]} --max-size "
-            f"{config.max_size} {better.options()}",
         ]
+    sizes = f"--min-size {config.min_size[-1]} --max-size {config.max_size}"
+    parts.append(f"next: retinanet-ext train {data} {sizes} {(better or current).options()}")
     return "\n".join(parts)

@@ -37,7 +37,12 @@ def run_bench(device: torch.device, *, seconds: float = 3.0, cases: Iterable[Cal
             print(f"retinanet-ext bench: {case.name}: results differ: {differs}", file=sys.stderr)
     if importlib.util.find_spec("torchvision") is None:
         print("torchvision is not installed: add the release of your torch to see it beside ours")
-    print("Other programs on the machine slow both sides, and not alike: run it again where the ratios matter.")
+    if failed:
+        print("next: retinanet-ext env; please report both")
+    else:
+        print(
+            "next: retinanet-ext demo; or this again where the ratios matter: other programs slow both sides, not alike"
+        )
     return int(failed)
 
 

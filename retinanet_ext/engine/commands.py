@@ -44,7 +44,7 @@ def _train(arguments: argparse.Namespace, world: World) -> int:
     try:
         training.fit()
     except KeyboardInterrupt:
-        go_on = f"retinanet-ext train --resume {shlex.quote(str(training.run.root))}"
+        go_on = f"retinanet-ext train --resume {_quoted(training.run.root)}"
         if world.is_main:
             print(f"\ninterrupted: go on with: {go_on}", file=sys.stderr)
         return 130
@@ -99,7 +99,7 @@ def _summary(run: RunFolder, epochs: int) -> str:
         if (result := run.read_evaluation()) is not None:
             lines.append(format_best(result, epoch, epochs))
     where = [f"weights: {run.best}{of_epoch}", f"logs and plots: {run.root}"]
-    return "\n".join([*lines, *where, f"next: retinanet-ext predict {shlex.quote(str(run.root))} IMAGES"])
+    return "\n".join([*lines, *where, f"next: retinanet-ext predict {_quoted(run.root)} IMAGES"])
 
 
 def run_val(arguments: argparse.Namespace) -> int:
@@ -142,6 +142,8 @@ def _val(arguments: argparse.Namespace, run: RunFolder) -> int:
     print(format_metrics(result))
     each = result.seconds / max(1, result.images)
     print(f"{result.images} images, {each:.3f} s an image; results: {run.root}")
+    scores = run.root / "scores.png"
+    print(f"next: retinanet-ext predict {_quoted(arguments.weights)} IMAGES; {scores} shows where --score should lie")
     return 0
 
 
@@ -178,13 +180,23 @@ def _predict(arguments: argparse.Namespace, run: RunFolder) -> int:
     scores = [annotation["score"] for annotation in result.content["annotations"]]
     confident = f"{sum(score >= arguments.score for score in scores)} of score {arguments.score:g} or more"
     print(f"{len(result.content['images'])} images, {len(scores)} detections, {confident}; results: {run.root}")
-    if scores and max(scores) < arguments.score:
-        best = f"the best is {max(scores):.2f}"
-        print(f"next: no score reaches --score {arguments.score:g}; {best}: draw more with a lower one")
+    if result.content["images"]:
+        print(f"next: {_after_predict(arguments, scores)}")
     if problems:
-        print(f"{len(problems)} problems, first: {problems[0]}; all in {run.problems}", file=sys.stderr)
+        first = f"{len(problems)} problems, first: {problems[0]}"
+        print(f"{first}; all in {run.problems}: mend these files, or leave them out", file=sys.stderr)
         return 1
     return 0
+
+
+def _after_predict(arguments: argparse.Namespace, scores: list[float]) -> str:
+    """What to do with detections of such scores."""
+    if not scores:
+        return f"nothing scores more than --min-score {arguments.min_score:g}: try a lower one, or train longer"
+    if max(scores) < arguments.score:
+        best = f"the best is {max(scores):.2f}"
+        return f"no score reaches --score {arguments.score:g}; {best}: draw more with a lower one"
+    return f"retinanet-ext export {_quoted(arguments.weights)} --format onnx --output detector.onnx"
 
 
 def run_export(arguments: argparse.Namespace) -> int:
@@ -228,8 +240,8 @@ def run_check_data(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    images = "" if arguments.images is None else f" --images {shlex.quote(arguments.images)}"
-    print(f"next: retinanet-ext anchors {shlex.quote(arguments.data)}{images}")
+    images = "" if arguments.images is None else f" --images {_quoted(arguments.images)}"
+    print(f"next: retinanet-ext anchors {_quoted(arguments.data)}{images}")
     return 0
 
 
@@ -251,8 +263,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
         print(f"  {picture}")
     print(
         "next:\n"
-        f"  retinanet-ext predict {weights} {run_dir / 'data' / 'val'}\n"
-        f"  retinanet-ext val {weights} {run_dir / 'data'}\n"
+        f"  retinanet-ext predict {_quoted(weights)} {_quoted(run_dir / 'data' / 'val')}\n"
+        f"  retinanet-ext val {_quoted(weights)} {_quoted(run_dir / 'data')}\n"
         "  retinanet-ext train --help"
     )
     if not result.ap50 >= demo.EXPECTED_AP50:
@@ -270,3 +282,8 @@ def run_env(arguments: argparse.Namespace) -> int:
     from retinanet_ext import diagnostics
 
     return diagnostics.print_report()
+
+
+def _quoted(path: Any) -> str:
+    """A path as it is typed in a shell."""
+    return shlex.quote(str(path))
