@@ -453,7 +453,7 @@ def tell_problems(data, folder):
             recorder.begin({}, open_dataset(data))
         problems = [Problem("both.jpg", "", "broken image: x"), Problem(f"{world.rank}.jpg", "", "broken image: x")]
         recorder.broken_images(problems, strict=False)
-        recorder.steps(1, 0)
+        recorder.steps(1, 0, torch.device("cpu"))
         row = dict.fromkeys(("classification", "bbox_regression", "foreground", "lr", "mean_seconds_per_step"), 1.0)
         recorder.epoch({"epoch": 1, "step": 1, **row}, 1)
         assert not distributed.is_nccl_available() or distributed.get_backend() == "gloo" or torch.cuda.is_available()

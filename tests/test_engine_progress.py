@@ -1,14 +1,16 @@
 """Progress: a bar on a terminal; elsewhere quiet, but for a line now and then."""
 
 import io
+import os
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
 from retinanet_ext.engine import progress
-from retinanet_ext.engine.progress import Progress, track
+from retinanet_ext.engine.progress import Progress, memory_held, track
 
 
 class Clock:
@@ -69,3 +71,40 @@ def test_on_a_terminal_a_bar(clock, monkeypatch):
     assert "3/3" in terminal.getvalue()
     assert "cls=0.5" in terminal.getvalue()
     assert "\n" not in terminal.getvalue().rstrip("\n")
+
+
+def test_the_memory_of_the_cpu_is_what_is_resident():
+    def resident():
+        with open("/proc/self/status") as stream:
+            return next(int(line.split()[1]) for line in stream if line.startswith("VmRSS:")) / 2**20
+
+    assert float(memory_held(torch.device("cpu")).removesuffix("G")) == pytest.approx(resident(), abs=0.11)
+    held = bytearray(os.urandom(1)) * 400_000_000
+    assert float(memory_held(torch.device("cpu")).removesuffix("G")) == pytest.approx(resident(), abs=0.11)
+    assert resident() > len(held) / 2**30
+
+
+def test_the_memory_of_a_gpu_is_the_most_that_was_reserved(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", {torch.device("cuda", 1): 7 * 2**29}.__getitem__)
+    assert memory_held(torch.device("cuda", 1)) == "3.5G"
+
+
+def test_the_bar_of_a_training(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    from retinanet_ext.engine.distributed import World
+    from retinanet_ext.engine.loop import StepRecord
+    from retinanet_ext.engine.recorder import Recorder
+    from retinanet_ext.engine.run_folder import RunFolder
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    recorder = Recorder(RunFolder(tmp_path), World(), print)
+    device = torch.device("cpu")
+    with recorder.steps(2, 0, device), recorder.step_log() as log:
+        for step in (1, 2):
+            recorder.step(log, StepRecord(step, 0.25, 0.5, 0.75, 12.0, 1e-3, 0.1), epoch=1)
+    shown = terminal.getvalue().rpartition("cls=")[2]
+    assert shown.startswith("0.250, box=0.500, fg=12, lr=1.0e-03, mem=")
+    assert float(shown.split("mem=")[1].split("G")[0]) > 0

@@ -1,9 +1,12 @@
 """How far a command is, on standard error: a bar on a terminal, elsewhere a line now and then."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
+
+import torch
 
 from retinanet_ext.data.extras import require
 
@@ -69,3 +72,13 @@ def track(items: Iterable[Item], unit: str) -> Iterator[Item]:
         for item in items:
             yield item
             progress.advance()
+
+
+def memory_held(device: torch.device) -> str:
+    """Memory of this process, in GiB: the most that torch has reserved on a GPU, or what is resident on the CPU now."""
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_reserved(device)
+    else:
+        with open("/proc/self/statm", "rb") as stream:
+            held = int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return f"{held / 2**30:.1f}G"

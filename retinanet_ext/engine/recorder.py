@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+
 from retinanet_ext.data import Batch, DatasetError, DetectionDataset, Problem, summarise
 from retinanet_ext.data.extras import require
 
@@ -15,7 +17,7 @@ from .event_log import EventLog
 from .loop import StepRecord
 from .plots import plot_results
 from .plots_labels import plot_labels
-from .progress import Progress
+from .progress import Progress, memory_held
 from .run_folder import RunFolder, StepLog, write_json
 from .sheets import with_pictures
 
@@ -53,6 +55,7 @@ class Recorder:
         self.run, self.world = run, world
         self.say = say if world.is_main else _say_nothing
         self.progress: Progress | None = None
+        self.device = torch.device("cpu")
         self.events: EventLog | None = None  # the main process's
         self.broken: set[str] = set()
         self.kept: list[Problem] = []
@@ -71,7 +74,9 @@ class Recorder:
             self.events = EventLog(self.run.root, step)
         self.say(f"resuming {self.run.root} {where}")
 
-    def steps(self, total: int, done: int) -> Progress:
+    def steps(self, total: int, done: int, device: torch.device) -> Progress:
+        """The progress over `total` steps on `device`, `done` of them already."""
+        self.device = device
         self.progress = Progress(total, "step", done=done, quiet=not self.world.is_main)
         return self.progress
 
@@ -91,6 +96,7 @@ class Recorder:
             box=f"{record.bbox_regression:.3f}",
             fg=f"{record.foreground:.0f}",
             lr=f"{record.lr:.1e}",
+            mem=memory_held(self.device),
         )
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:

@@ -270,7 +270,7 @@ class Training:
             f"steps of {config.batch_size}{accumulated} images, run folder {self.run.root}"
         )
         result = None
-        with self.recorder.steps(self.steps_an_epoch * config.epochs, self.step):
+        with self.recorder.steps(self.steps_an_epoch * config.epochs, self.step, self.device):
             while self.epoch < config.epochs and not self._given_up():
                 row = self._train_epoch()
                 result = self._validate(row) or result
