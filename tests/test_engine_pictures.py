@@ -20,7 +20,7 @@ from retinanet_ext.data import Batch, generate_shapes, open_dataset  # noqa: E40
 from retinanet_ext.engine import drawing  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, resume_config  # noqa: E402
 from retinanet_ext.engine.drawing import Box, draw_boxes, enlargement  # noqa: E402
-from retinanet_ext.engine.evaluate import evaluate  # noqa: E402
+from retinanet_ext.engine.evaluate import METRICS, evaluate  # noqa: E402
 from retinanet_ext.engine.event_log import EventLog  # noqa: E402
 from retinanet_ext.engine.loop import StepRecord  # noqa: E402
 from retinanet_ext.engine.matches import match_detections  # noqa: E402
@@ -118,6 +118,43 @@ def test_events_of_a_run_and_of_a_resumed_one(run):
     assert {name for name, step, _ in second.scalars if step == 4} > {"train/lr", "val/total", "metrics/AP50"}
     assert not any(math.isnan(value) for _, _, value in first.scalars)
     assert first.flushed == 2
+
+
+def test_the_events_are_read_by_tensorboard(tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+
+    def write(step, values):
+        """A run of four steps, two an epoch, from `step` on."""
+        log = EventLog(tmp_path, step)
+        for number in range(step + 1, 5):
+            value = values[number - 1]
+            log.add_step(StepRecord(number, value, 2 * value, 3 * value, 8.0, 1e-3, 0.1))
+            if number % 2 == 0:
+                figures = dict.fromkeys(METRICS, value)
+                log.add_epoch({"step": number, **figures, "APs": math.nan, "val_total": value + 1})
+        log.close()
+
+    write(0, [0.5, 0.25, 8.0, 9.0])
+    write(2, [None, None, 0.125, 0.0625])  # resumed after the second step: the third and fourth are made again
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    names = [name for name in METRICS if name != "APs"]  # there was none
+    training = ("classification", "bbox_regression", "total", "foreground", "lr")
+    assert set(events.Tags()["scalars"]) == {
+        *(f"train/{name}" for name in training),
+        *(f"metrics/{name}" for name in names),
+        "val/total",
+    }
+
+    def scalars(name):
+        return [(event.step, event.value) for event in events.Scalars(name)]
+
+    assert scalars("train/classification") == [(1, 0.5), (2, 0.25), (3, 0.125), (4, 0.0625)]
+    assert scalars("train/total") == [(1, 1.5), (2, 0.75), (3, 0.375), (4, 0.1875)]
+    assert scalars("train/lr") == [(step, pytest.approx(1e-3)) for step in (1, 2, 3, 4)]
+    assert scalars("metrics/ARl") == [(2, 0.25), (4, 0.0625)]
+    assert scalars("val/total") == [(2, 1.25), (4, 1.0625)]
 
 
 def test_without_tensorboard_there_are_no_events(monkeypatch, tmp_path):

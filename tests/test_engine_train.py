@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import math
 import shutil
@@ -88,7 +89,9 @@ def full_run(data, tmp_path_factory):
 def test_run_folder_is_complete(full_run, data):
     run, result = full_run
     files = {path.name for path in run.root.iterdir()}
-    assert files == {
+    events = {name for name in files if name.startswith("events.out.tfevents.")}
+    assert len(events) == (importlib.util.find_spec("tensorboard") is not None)
+    assert files - events == {
         "args.json",
         "results.csv",
         "steps.csv",
