@@ -4,7 +4,7 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,21 +18,37 @@ from .settings import SettingError
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 # A case ends after so many times its time, even with fewer rounds.
 PATIENCE = 3
+# Seconds for each case by default, and for all of them with what comes before each: less than two minutes, on a slow
+# machine too. In proportion where longer is asked for.
+SECONDS, LIMIT = 3.0, 110.0
 
 
-def run_bench(device: torch.device, *, seconds: float = 3.0, cases: Iterable[Callable[[], Case]] | None = None) -> int:
-    """Print a line a case, with the medians of both sides in turns; 1 if a case's results differ, 0 otherwise."""
+def run_bench(
+    device: torch.device, *, seconds: float = SECONDS, cases: Iterable[Callable[[], Case]] | None = None
+) -> int:
+    """Print a line a case, with the medians of both sides in turns; 1 if a case's results differ, 0 otherwise.
+
+    Cases that would end after the time for all are left out, each taken to need as long as the longest before it.
+    """
     if not seconds > 0:
         raise SettingError("seconds", f"expected a number > 0, got {seconds!r}")
-    cases = make_cases(device) if cases is None else cases
+    cases = list(make_cases(device) if cases is None else cases)
+    start = time.perf_counter()
+    deadline, longest = start + LIMIT * max(1.0, seconds / SECONDS), 0.0
     print(machine(device))
     print(f"{'milliseconds, median':<44} {'ours':>9} {'torchvision':>12} {'ratio':>7}")
     failed = False
-    for make in cases:
+    for number, make in enumerate(cases):
+        begun = time.perf_counter()
+        if begun + longest > deadline:
+            minutes = "two minutes" if seconds <= SECONDS else f"{deadline - start:.0f} s"
+            print(f"{len(cases) - number} of {len(cases)} cases left out: they would take more than {minutes}")
+            break
         case = make()
-        differs = check(case)
+        differs, cold = check(case, device)
         failed = failed or differs is not None
-        print(line(case, *measure(case, device, seconds)))
+        longest = max(longest, time.perf_counter() - begun)
+        print(line(case, *measure(case, device, seconds, cold, deadline)))
         if differs is not None:
             print(f"retinanet-ext bench: {case.name}: results differ: {differs}", file=sys.stderr)
     if importlib.util.find_spec("torchvision") is None:
@@ -55,40 +71,49 @@ def machine(device: torch.device) -> str:
     return f"{where}; torch {torch.__version__}, torchvision {peer or 'none'}"
 
 
-def check(case: Case) -> str | None:
-    """What differs between the sides of a case, in a line; None where they agree. Warms both up, too."""
-    mine = case.ours()
+def check(case: Case, device: torch.device) -> tuple[str | None, list[float]]:
+    """What differs between the sides of a case, in a line, None where they agree; and the milliseconds of these calls,
+    each side's first."""
+    mine, ours = _timed(case.ours, device)
     if case.theirs is None:
-        return None
+        return None, [ours]
+    other, theirs = _timed(case.theirs, device)
     try:
-        case.agree(mine, case.theirs())
+        case.agree(mine, other)
     except AssertionError as error:
-        return (str(error) or "not equal").strip().splitlines()[0]
-    return None
+        return (str(error) or "not equal").strip().splitlines()[0], [ours, theirs]
+    return None, [ours, theirs]
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> tuple[float, float | None]:
-    """Medians in milliseconds of our side and of torchvision's, a call each in turns, for about `seconds` together."""
+def measure(
+    case: Case, device: torch.device, seconds: float, cold: Sequence[float], deadline: float
+) -> tuple[float, float | None]:
+    """Medians in milliseconds of our side and of torchvision's, a call each in turns, for about `seconds` together.
+
+    No round is begun that would end after `deadline` (of `time.perf_counter`) if it took as long as the one before;
+    `cold`, the milliseconds of each side's first call, are the result where there is no time for any round.
+    """
     sides = [case.ours] if case.theirs is None else [case.ours, case.theirs]
-    times: list[list[float]] = [[] for _ in sides]
-    start, rounds, spent = time.perf_counter(), 0, 0.0
-    while rounds < MAX_ROUNDS and spent < (seconds if rounds >= MIN_ROUNDS else PATIENCE * seconds):
-        for side, own in zip(sides, times, strict=True):
-            own.append(_time(side, device))
-        rounds, spent = rounds + 1, time.perf_counter() - start
-    medians = [statistics.median(own) for own in times]
+    rounds: list[Sequence[float]] = []
+    start, spent, last = time.perf_counter(), 0.0, sum(cold) / 1e3
+    while len(rounds) < MAX_ROUNDS and spent < (seconds if len(rounds) >= MIN_ROUNDS else PATIENCE * seconds):
+        if start + spent + last > deadline:
+            break
+        rounds.append([_timed(side, device)[1] for side in sides])
+        spent, last = time.perf_counter() - start, sum(rounds[-1]) / 1e3
+    medians = [statistics.median(own) for own in zip(*(rounds or [cold]), strict=True)]
     return medians[0], medians[1] if len(medians) > 1 else None
 
 
-def _time(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds from the call until its result is there."""
+def _timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What a call gives, and the milliseconds until it is there."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    call()
+    result = call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3
+    return result, (time.perf_counter() - start) * 1e3
 
 
 def line(case: Case, ours: float, theirs: float | None) -> str:
