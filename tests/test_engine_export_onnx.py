@@ -164,6 +164,31 @@ def test_heads_and_anchors(weights, model, tmp_path):
     ]
 
 
+def test_heads_of_any_size(weights, model, tmp_path):
+    exported = export(weights, "onnx-heads", tmp_path / "any_heads.onnx", dynamic_size=True)
+    assert exported.takes.startswith("images [B, 3, H, W]")
+    assert "cls_logits [B, n, 3]" in exported.gives
+    session = session_of(exported.path)
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    shapes = {value.name: value.shape for value in session.get_outputs()}
+    assert shapes["cls_logits_p3"] == ["batch", "cls_logits_p3_1", 3]
+    assert shapes["box_deltas_p7"] == ["batch", "box_deltas_p7_1", 4]
+    assert shapes["anchors"] == ["anchors_0", 4]
+    for batch, *size in ((1, 160, 160), (3, 192, 352)):
+        images = torch.rand(batch, 3, *size)
+        outputs = run(session, images)
+        cells = [-(-size[0] // stride) * -(-size[1] // stride) for stride in (8, 16, 32, 64, 128)]
+        assert [level.shape for level in outputs[:5]] == [(batch, 9 * count, 3) for count in cells]
+        assert [level.shape for level in outputs[5:10]] == [(batch, 9 * count, 4) for count in cells]
+        assert_close(outputs, ExportedHeads(model, tuple(size)), images)
+    for size in ((176, 160), (160, 170)):
+        with pytest.raises(Exception, match="multiple"):
+            run(session, torch.rand(1, 3, *size))
+    names = {}
+    exec(exported.usage, names)
+    assert len(names["logits_and_deltas"]) == 10
+
+
 GRIDS = ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))
 K = 4
 
