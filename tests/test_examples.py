@@ -68,11 +68,43 @@ def test_nms_in_your_detector(run_here):
 
 def python_says():
     """What from_cpp.cpp computes, computed here."""
-    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11], [20, 20, 30, 30]])
-    kept = retinanet_ext.nms(boxes, torch.tensor([0.8, 0.9, 0.7]), 0.5)
-    lines = ["nms keeps " + " ".join(map(str, kept.tolist()))]
+    lines = []
+
+    def say(name, values):
+        lines.append(" ".join([name, *(f"{value:.4f}" for value in values.double().flatten().tolist())]))
+
     y, x = torch.meshgrid(*[(torch.arange(4) + 0.5) * 16] * 2, indexing="ij")
     anchors = torch.stack((x - 16, y - 16, x + 16, y + 16), dim=-1).view(16, 4)
+    gt_boxes = [torch.tensor([[16.0, 22, 48, 54]]), torch.tensor([[30.0, 30, 62, 62]])]
+    say("box_iou", retinanet_ext.box_iou(gt_boxes[0], anchors))
+    targets = retinanet_ext.assign_targets(anchors, gt_boxes, [torch.tensor([1]), torch.tensor([2])])
+    assert targets.num_foreground.tolist() == [2, 1]
+    say("labels", targets.labels)
+    say("matched", targets.matched)
+    say("foreground", targets.num_foreground)
+    say("match_anchors", retinanet_ext.match_anchors(anchors, gt_boxes))
+    deltas = retinanet_ext.encode_boxes(gt_boxes[0], anchors)
+    say("encode_boxes", deltas[9])
+    say("decode_boxes", retinanet_ext.decode_boxes(deltas, anchors)[9])
+    logits = torch.linspace(-4, 2, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+    rows, labels = logits.permute(0, 2, 3, 1).reshape(32, 3), targets.labels
+    say("sigmoid_focal_loss", retinanet_ext.sigmoid_focal_loss(rows, labels.flatten(), reduction="sum"))
+    normalizer = targets.num_foreground
+    say("multilevel_focal_loss", retinanet_ext.multilevel_focal_loss([logits], labels, normalizer=normalizer))
+    levels = [torch.linspace(-1, 1, 2 * 4 * 4 * 4).view(2, 4, 4, 4)]
+    options = {"loss": "smooth_l1", "normalizer": normalizer}
+    loss = retinanet_ext.box_regression_loss(levels, anchors, gt_boxes, targets.matched, **options)
+    assert loss > 0
+    say("box_regression_loss", loss)
+
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11], [20, 20, 30, 30]])
+    scores = torch.tensor([0.8, 0.9, 0.7])
+    say("nms", retinanet_ext.nms(boxes, scores, 0.5))
+    indices, counts = retinanet_ext.batched_nms_padded(
+        boxes[None], scores[None], torch.zeros(1, 3, dtype=torch.int64), 0.5, max_detections=3
+    )
+    say("batched_nms_padded", indices)
+    say("counts", counts)
     logits, deltas = torch.full((2, 3, 4, 4), -5.0), torch.zeros(2, 4, 4, 4)
     logits[0, 1, 2, 1], logits[0, 1, 2, 2], logits[1, 2, 3, 3] = 3, 2, 1
     deltas[0, 0, 2, 2] = -0.5
@@ -83,6 +115,14 @@ def python_says():
             label, score = found.labels[image, i], found.scores[image, i]
             lines.append(f"image {image}: class {label}, score {score:.4f}, box {box}")
     return lines
+
+
+def test_the_program_in_cpp_calls_every_forward_operator():
+    schemas = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("retinanet_ext::")}
+    of_gradients = ("_backward", "_with_grad", "_refresh_grad")
+    forward = {name for name in schemas if not name.endswith(of_gradients)}
+    assert len(forward) >= 11
+    assert set(re.findall(r'"(retinanet_ext::\w+)"', (EXAMPLES / "cpp" / "from_cpp.cpp").read_text())) == forward
 
 
 def test_from_cpp(tmp_path):
