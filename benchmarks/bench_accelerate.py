@@ -13,6 +13,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from agreement import same_detections
 from torch import nn
 
 import retinanet_ext
@@ -168,8 +169,8 @@ def test_detections(compare, device, timed, case):
 
     def agree(mine, theirs):
         for one, other in zip(mine, theirs, strict=True):
-            # Of equal scores torchvision leaves the order open: the scores are the same whatever it is.
             torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-5, atol=0)
+            same_detections(one, other)
 
     elements, size = size_of(head_outputs(model))
     compare(

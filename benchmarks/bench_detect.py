@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from types import SimpleNamespace
 
 import pytest
 import torch
+from agreement import same_detections
 
 import retinanet_ext
 from retinanet_ext.models.anchors import AnchorGenerator
@@ -61,11 +63,15 @@ def torchvision_call(logits, deltas, anchors, sizes, classes):
     return lambda: RetinaNet.postprocess_detections(model, outputs, [split] * len(sizes), sizes)
 
 
-def agree(mine, theirs):
-    for image, other in enumerate(theirs):
-        count = int(mine.counts[image])
-        # Logits that tie are ordered in one way here and left open there: the scores are the same whatever the order.
-        torch.testing.assert_close(mine.scores[image, :count], other["scores"], rtol=1e-5, atol=0)
+def agree(mine, theirs, open_share=0.0):
+    """`open_share` of the detections may differ where logits tie: torchvision leaves the order of those open."""
+    for boxes, scores, labels, count, other in zip(
+        mine.boxes, mine.scores, mine.labels, mine.counts, theirs, strict=True
+    ):
+        count = int(count)
+        torch.testing.assert_close(scores[:count], other["scores"], rtol=1e-5, atol=0)
+        found = {"boxes": boxes[:count], "scores": scores[:count], "labels": labels[:count]}
+        same_detections(found, other, open_share=open_share)
 
 
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
@@ -94,7 +100,8 @@ def test_detect(compare, captured, device, timed, case, density, dtype, in_graph
         f"detect {case if timed else 'smoke'}{density} {name}{' in a graph' if in_graph else ''}",
         captured(ours) if in_graph else ours,
         peers,
-        agree,
+        # Of the logits in bfloat16, with eight bits, many tie.
+        functools.partial(agree, open_share=0.02 if dtype == torch.bfloat16 else 0.0),
         elements=elements,
         bytes=elements * logits[0].element_size(),
         dtype=name,
