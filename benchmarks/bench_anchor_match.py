@@ -84,10 +84,36 @@ def detectron2_targets(anchors, boxes, labels):
     return torch.stack(all_labels), torch.stack(all_matched), torch.stack(counts)
 
 
+def torchvision_matches(anchors, boxes):
+    """torchvision's matcher over the matrix of each image's IoU, in our numbers: -1 background, -2 ignored."""
+    from torchvision.models.detection._utils import Matcher
+    from torchvision.ops import box_iou
+
+    matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
+    return torch.stack([matcher(box_iou(image, anchors)) for image in boxes])
+
+
+def agree(mine, other):
+    for one, two in zip(mine, other, strict=True):
+        assert torch.equal(one.long(), two.long())
+
+
+def not_compiled(device, timed, batch, boxes):
+    """Why torchvision's is not timed compiled too, or None."""
+    if not timed:
+        return "a smoke run compiles nothing"
+    if batch > 1:
+        return "its loop over the images is unrolled into the graph: compiled for one image alone"
+    if device.type == "cpu" and boxes != 50:
+        return "compiling takes the CPU many seconds: done for 800x1344 B=1 M=50 alone"
+    return None
+
+
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("case", CASES)
 def test_assign_targets(compare, captured, device, timed, case, in_graph):
-    if timed and device.type == "cpu" and CASES[case][1] > 16:
+    _, batch, count = CASES[case]
+    if timed and device.type == "cpu" and batch > 16:
         pytest.skip("64 images of 500 boxes take the CPU peer minutes a call; one image says as much")
     anchors, boxes, labels = make_case(CASES[case] if timed else SMOKE, device)
 
@@ -100,10 +126,10 @@ def test_assign_targets(compare, captured, device, timed, case, in_graph):
             peers[name] = f"{name} is not installed"
         else:
             peers[name] = functools.partial(targets, anchors, boxes, labels)
-
-    def agree(mine, other):
-        for one, two in zip(mine, other, strict=True):
-            assert torch.equal(one.long(), two.long())
+    if callable(peers["torchvision"]):
+        # As one graph: torch.compile then takes the number of low-quality matches as unknown.
+        compiled = functools.partial(torch.compile(torchvision_targets, fullgraph=True), anchors, boxes, labels)
+        peers["torchvision compiled"] = not_compiled(device, timed, batch, count) or compiled
 
     batch, pairs = len(boxes), len(anchors) * sum(len(image) for image in boxes)
     compare(
@@ -113,5 +139,24 @@ def test_assign_targets(compare, captured, device, timed, case, in_graph):
         agree,
         elements=pairs,
         bytes=anchors.numel() * 4 + 2 * 4 * batch * len(anchors),
+        dtype="float32",
+    )
+
+
+@pytest.mark.parametrize("case", ["800x1344 B=1 M=50", "800x1344 B=16 M=8", "240x320 B=16 M=12"])
+def test_match_anchors(compare, device, timed, case):
+    """The matcher alone, without labels."""
+    anchors, boxes, _ = make_case(CASES[case] if timed else SMOKE, device)
+    peers = {"torchvision": "torchvision is not installed"}
+    if importlib.util.find_spec("torchvision") is not None:
+        peers["torchvision"] = functools.partial(torchvision_matches, anchors, boxes)
+        peers["torchvision compiled"] = "as that of assign_targets, nearly all of which is this matcher"
+    compare(
+        f"match_anchors {case if timed else 'smoke'}",
+        lambda: retinanet_ext.match_anchors(anchors, boxes, policy="torchvision"),
+        peers,
+        agree,
+        elements=len(anchors) * sum(len(image) for image in boxes),
+        bytes=anchors.numel() * 4 + 4 * len(boxes) * len(anchors),
         dtype="float32",
     )

@@ -29,7 +29,10 @@ CASES = {
     "800x800 B=64 K=264": ((800, 800), 64, 264),
 }
 SMOKE = ((64, 96), 2, 80)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DATA_DEPENDENT = (
+    "torch.compile refuses it as one graph: what it does next depends on how many logits pass the threshold"
+)
 
 
 def make_case(case, mean, dtype, device):
@@ -82,10 +85,12 @@ def test_detect(compare, captured, device, timed, case, density, dtype, in_graph
     image, batch, classes = CASES[case] if timed else SMOKE
     if timed and device.type == "cpu" and batch > 4:
         pytest.skip("batches beyond 4 take the CPU peer long, and say no more")
-    if timed and batch > 16 and dtype == torch.float32:
+    if timed and batch > 16 and dtype != torch.bfloat16:
         pytest.skip("64 images are measured in bfloat16")
+    if timed and dtype == torch.float16 and batch > 1 and device.type == "cpu":
+        pytest.skip("of float16 one image says as much on the CPU")
     logits, deltas, anchors, sizes = make_case((image, batch, classes), DENSITIES[density], dtype, device)
-    peers = {"torchvision": "torchvision is not installed"}
+    peers = {"torchvision": "torchvision is not installed", "torchvision compiled": DATA_DEPENDENT}
     if batch > 16:
         peers["torchvision"] = "its float32 logits and scores of 64 images take too much memory"
     elif importlib.util.find_spec("torchvision") is not None:

@@ -24,10 +24,17 @@ K, BOXES = 91, 8
 # Image as the user has it (the network sees it resized to 800 pixels), batch.
 CASES = {"480x640 B=1": ((480, 640), 1), "480x640 B=8": ((480, 640), 8)}
 SMOKE, SMOKE_SIZE = ((96, 128), 1), 128
-PRECISIONS = {"float32": torch.float32, "bfloat16 autocast": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16 autocast": torch.bfloat16, "float16 autocast": torch.float16}
 MISSING = importlib.util.find_spec("torchvision") is None
 
 pytestmark = pytest.mark.skipif(MISSING, reason="torchvision, the peer, is not installed")
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request, device):
+    if device.type == "cpu" and PRECISIONS[request.param] == torch.float16:
+        pytest.skip("float16 is trained on GPUs")
+    return request.param
 
 
 @pytest.fixture(params=CASES)
@@ -54,6 +61,26 @@ def make_models(side, device, timed):
 
 def contiguous(model):
     return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+
+
+def compiled(model):
+    """A copy whose backbone, pyramid and subnets are compiled; torch.compile breaks its graph at the resizing, the
+    matching and the post-processing, whose shapes depend on the data."""
+    model = copy.deepcopy(model)
+    model.backbone.compile()
+    model.head.compile()
+    return model
+
+
+def not_compiled(side, device, timed, quick):
+    """Why torchvision's model is not timed compiled too, or None."""
+    if not timed:
+        return "a smoke run compiles nothing"
+    if side == "accelerate":
+        return "as beside the model: it is the same network"
+    if device.type == "cpu" and quick:
+        return "on the CPU --quick compiles no whole network"
+    return None
 
 
 def make_inputs(case, device):
@@ -126,27 +153,29 @@ def facts(model, images):
     }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("side", ["model", "accelerate"])
-def test_training_step(compare, device, timed, case, side, precision):
+def test_training_step(compare, device, timed, quick, case, side, precision):
     ours, theirs = make_models(side, device, timed)
     images, targets = make_inputs(CASES[case] if timed else SMOKE, device)
+    others = {"torchvision": contiguous(theirs), "torchvision, channels_last": theirs}
+    reason = not_compiled(side, device, timed, quick)
+    if reason is None:
+        others["torchvision, channels_last, compiled"] = compiled(theirs)
+    peers = {name: training_step(model, images, targets, PRECISIONS[precision]) for name, model in others.items()}
+    if reason is not None:
+        peers["torchvision, channels_last, compiled"] = reason
     compare(
         f"training step {side} {case if timed else 'smoke'} {precision}",
         training_step(ours, images, targets, PRECISIONS[precision]),
-        {
-            "torchvision": training_step(contiguous(theirs), images, targets, PRECISIONS[precision]),
-            "torchvision, channels_last": training_step(theirs, images, targets, PRECISIONS[precision]),
-        },
+        peers,
         lambda mine, its: torch.testing.assert_close(mine, its, rtol=1e-4 if precision == "float32" else 0.02, atol=0),
         dtype=precision,
         **facts(theirs, images),
     )
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("side", ["model", "accelerate"])
-def test_inference(compare, device, timed, case, side, precision):
+def test_inference(compare, device, timed, quick, case, side, precision):
     ours, theirs = make_models(side, device, timed)
     images, _ = make_inputs(CASES[case] if timed else SMOKE, device)
     imitate_training(theirs, images)
@@ -177,7 +206,13 @@ def test_inference(compare, device, timed, case, side, precision):
             error, its_error = ((best_scores(found) - best_scores(exact)).abs().mean().item() for found in (mine, its))
             assert error < 2 * its_error + 0.005, f"its error is {error:.2g} beside {its_error:.2g}"
 
-    peers = {"torchvision": contiguous(theirs), "torchvision, channels_last": theirs}
+    others = {"torchvision": contiguous(theirs), "torchvision, channels_last": theirs}
+    reason = not_compiled(side, device, timed, quick)
+    if reason is None:
+        others["torchvision, channels_last, compiled"] = compiled(theirs)
+    peers = {name: detections(model) for name, model in others.items()}
+    if reason is not None:
+        peers["torchvision, channels_last, compiled"] = reason
     if dtype != torch.float32:  # that they are the same models shows in float32 alone
         exact = detections(theirs, torch.float32)()
         for one, other in zip(detections(ours, torch.float32)(), exact, strict=True):
@@ -185,7 +220,7 @@ def test_inference(compare, device, timed, case, side, precision):
     compare(
         f"inference {side} {case if timed else 'smoke'} {precision}",
         detections(ours),
-        {name: detections(model) for name, model in peers.items()},
+        peers,
         agree,
         dtype=precision,
         **facts(theirs, images),

@@ -15,8 +15,10 @@ import torch
 
 import retinanet_ext
 
-# rows, classes: the 60,000 x 80 of a 480 x 640 image; one COCO image at 800 x 1333; OpenImages classes at 800 x 800.
+# rows, classes: the 60,000 x 80 of a 480 x 640 image; one COCO image at 800 x 1333; OpenImages classes at 800 x 800;
+# 16 and 64 of these COCO images, for a GPU.
 SIZES = {"60000x80": (60_000, 80), "201600x80": (201_600, 80), "120087x264": (120_087, 264)}
+BATCHES = {"3225600x80": (3_225_600, 80), "12902400x80": (12_902_400, 80)}
 SMOKE_SIZE = (600, 80)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIRECTIONS = ("forward", "forward+backward")
@@ -24,12 +26,12 @@ SPECIAL_OPS = 2.0  # of the CUDA kernel at gamma = 2, an element; loss and gradi
 
 
 def make_case(rows, classes, dtype, device):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(rows, classes, generator=generator) - 4
-    targets = torch.full((rows,), classes)  # mmcv's background
-    positive = torch.arange(0, rows, 500)
-    targets[positive] = torch.randint(0, classes, (len(positive),), generator=generator)
-    return logits.to(device, dtype), targets.to(device)
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    logits = (torch.randn(rows, classes, **random) - 4).to(dtype)
+    targets = torch.full((rows,), classes, device=device)  # mmcv's background
+    positive = torch.arange(0, rows, 500, device=device)
+    targets[positive] = torch.randint(0, classes, (len(positive),), **random)
+    return logits, targets
 
 
 def one_hot(targets, classes, dtype):
@@ -109,7 +111,20 @@ def peers(logits, targets, dense, backward, timed):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("targets_form", ["indices", "one-hot"])
 def test_sigmoid_focal_loss(compare, device, timed, targets_form, size, dtype, direction):
-    rows, classes = SIZES[size] if timed else SMOKE_SIZE
+    run_case(compare, device, timed, targets_form, size, dtype, direction)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("size", BATCHES)
+def test_batches(compare, device, timed, size, dtype, direction):
+    if timed and device.type == "cpu":
+        pytest.skip("16 images and more take the CPU peers seconds a call; one image says as much")
+    run_case(compare, device, timed, "indices", size, dtype, direction)
+
+
+def run_case(compare, device, timed, targets_form, size, dtype, direction):
+    rows, classes = {**SIZES, **BATCHES}[size] if timed else SMOKE_SIZE
     backward = direction == "forward+backward"
     logits, targets = make_case(rows, classes, dtype, device)
     dense = one_hot(targets, classes, dtype)

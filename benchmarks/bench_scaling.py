@@ -3,7 +3,8 @@
 Over three decades and more of it, or of the anchors, which go with the square of an image's side. `match_anchors`,
 which is `assign_targets` without its labels, has no curve of its own.
 
-Where a call of torchvision's takes seconds on the CPU, or more memory than there is, it is left out, with the reason.
+Where a call of torchvision's takes seconds on the CPU it is left out, with the reason; where it runs out of memory its
+line ends, and the results say at what size.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import bench_multilevel_focal_loss
 import bench_nms
 import pytest
 import torch
+from peak_memory import out_of_memory
 
 import retinanet_ext
 
@@ -31,11 +33,12 @@ Side = Callable[[], object]
 
 @dataclass(frozen=True)
 class Curve:
-    """`make(x, device)`: our call, torchvision's (None without it), the comparison, elements and bytes."""
+    """`make(x, device)`: our call, what makes torchvision's (which may take its memory), the comparison, elements and
+    bytes."""
 
     axis: str
     values: tuple[int, ...]
-    make: Callable[[int, torch.device], tuple[Side, Side | None, Callable, int, int]]
+    make: Callable[[int, torch.device], tuple[Side, Callable[[], Side], Callable, int, int]]
     most: int | None = None  # the largest at which torchvision is timed
     why: str = ""
 
@@ -49,14 +52,13 @@ def focal(rows: int, classes: int, device: torch.device):
     ours = bench_focal_loss.make_call(
         functools.partial(retinanet_ext.sigmoid_focal_loss, reduction="sum"), logits, targets, backward=True
     )
-    peer = None
-    if has_torchvision():
+
+    def peer():
         from torchvision.ops import sigmoid_focal_loss
 
         dense = bench_focal_loss.one_hot(targets, classes, torch.float32)
-        peer = bench_focal_loss.make_call(
-            functools.partial(sigmoid_focal_loss, reduction="sum"), logits, dense, backward=True
-        )
+        function = functools.partial(sigmoid_focal_loss, reduction="sum")
+        return bench_focal_loss.make_call(function, logits, dense, backward=True)
 
     def agree(mine, other):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
@@ -74,16 +76,17 @@ def agree_by_level(mine, other):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
 
 
-def focal_of_levels(side: int, device: torch.device):
+def focal_of_levels(side: int, batch: int, device: torch.device):
     bench = bench_multilevel_focal_loss
-    levels, targets, normalizer = bench.make_case((grids_of(side), 1), torch.float32, torch.contiguous_format, device)
+    pyramid = bench.Pyramid(grids_of(side), batch)
+    levels, targets, normalizer = bench.make_case(pyramid, torch.float32, torch.contiguous_format, device)
 
     def loss(leaves):
         return retinanet_ext.multilevel_focal_loss(leaves, targets, normalizer=normalizer)
 
-    peer = None
-    if has_torchvision():
-        peer = dict(bench.peers(levels, targets, normalizer, backward=True, timed=False))["torchvision"]
+    def peer():
+        return dict(bench.peers(levels, targets, normalizer, pyramid.classes, backward=True))["torchvision"]
+
     elements = sum(level.numel() for level in levels)
     return (
         bench.make_call(loss, levels, backward=True),
@@ -94,48 +97,47 @@ def focal_of_levels(side: int, device: torch.device):
     )
 
 
-def matching(image: tuple[int, int], count: int, device: torch.device):
-    anchors, boxes, labels = bench_anchor_match.make_case((image, 1, count), device)
+def matching(image: tuple[int, int], count: int, device: torch.device, batch: int = 1):
+    anchors, boxes, labels = bench_anchor_match.make_case((image, batch, count), device)
 
     def ours():
         return retinanet_ext.assign_targets(anchors, boxes, labels, policy="torchvision")
 
     def peer():
-        return bench_anchor_match.torchvision_targets(anchors, boxes, labels)
+        return functools.partial(bench_anchor_match.torchvision_targets, anchors, boxes, labels)
 
     def agree(mine, other):
         for one, two in zip(mine, other, strict=True):
             assert torch.equal(one.long(), two.long())
 
-    return ours, peer if has_torchvision() else None, agree, len(anchors) * count, 24 * len(anchors)
+    return ours, peer, agree, batch * len(anchors) * count, (16 + 8 * batch) * len(anchors)
 
 
-def box_loss(side: int, device: torch.device):
-    levels, *others = bench_box_loss.make_case((grids_of(side), 1), torch.float32, torch.contiguous_format, device)
+def box_loss(grids: list[tuple[int, int]], batch: int, device: torch.device, boxes: int = bench_box_loss.BOXES):
+    bench = bench_box_loss
+    levels, *others = bench.make_case((grids, batch), torch.float32, torch.contiguous_format, device, boxes)
     anchors, gt_boxes, matched, normalizer = others
 
     def loss(leaves):
         return retinanet_ext.box_regression_loss(leaves, anchors, gt_boxes, matched, normalizer=normalizer)
 
-    peer = bench_box_loss.peers(levels, others, backward=True, loss="l1")["torchvision"] if has_torchvision() else None
+    def peer():
+        return dict(bench.peers(levels, others, backward=True, loss="l1"))["torchvision"]
+
     elements = sum(level.numel() for level in levels)
-    return (
-        bench_box_loss.make_call(loss, levels, backward=True),
-        peer,
-        agree_by_level,
-        elements,
-        4 * elements + 8 * len(anchors),
-    )
+    ours = bench.make_call(loss, levels, backward=True)
+    return ours, peer, agree_by_level, elements, 4 * elements + 8 * batch * len(anchors)
 
 
 def suppression(variant: str, count: int, device: torch.device):
     boxes, scores, labels = bench_nms.make_case(count, device)
     arguments = (boxes, scores, 0.5) if variant == "nms" else (boxes, scores, labels, 0.5)
-    peer = None
-    if has_torchvision():
+
+    def peer():
         import torchvision
 
-        peer = functools.partial(getattr(torchvision.ops, variant), *arguments)
+        return functools.partial(getattr(torchvision.ops, variant), *arguments)
+
     return functools.partial(getattr(retinanet_ext, variant), *arguments), peer, bench_nms.agree, count, 28 * count
 
 
@@ -144,26 +146,34 @@ def padded_suppression(batch: int, device: torch.device):
     images = [[value.roll(37 * image, 0) for image in range(batch)] for value in bench_nms.make_case(count, device)]
     boxes, scores, labels = map(torch.stack, images)
     ours = functools.partial(retinanet_ext.batched_nms_padded, boxes, scores, labels, 0.5, most)
-    peer = functools.partial(bench_nms.suppress_each, boxes, scores, labels, most) if has_torchvision() else None
+
+    def peer():
+        return functools.partial(bench_nms.suppress_each, boxes, scores, labels, most)
+
     return ours, peer, bench_nms.agree_padded, batch * count, batch * (28 * count + 8 * most)
 
 
 def coding(task: str, count: int, device: torch.device):
     arguments = bench_box_coder.make_case(task, count, torch.float32, device)
     ours = bench_box_coder.make_call(bench_box_coder.FUNCTIONS[task], arguments, backward=False)
-    peer = dict(bench_box_coder.peers(task, arguments, backward=False, timed=False))["torchvision"]
+
+    def peer():
+        return dict(bench_box_coder.peers(task, arguments, backward=False, timed=False))["torchvision"]
 
     def agree(mine, other):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6 * other.abs().max().item())
 
-    return ours, peer if has_torchvision() else None, agree, count, 48 * count
+    return ours, peer, agree, count, 48 * count
 
 
 def post_processing(side: int, batch: int, classes: int, device: torch.device):
     mean = bench_detect.DENSITIES[""]
     case = ((side, side), batch, classes)
     logits, deltas, anchors, sizes = bench_detect.make_case(case, mean, torch.float32, device)
-    peer = bench_detect.torchvision_call(logits, deltas, anchors, sizes, classes) if has_torchvision() else None
+
+    def peer():
+        return bench_detect.torchvision_call(logits, deltas, anchors, sizes, classes)
+
     elements = sum(level.numel() for level in logits)
     ours = functools.partial(retinanet_ext.detect, logits, deltas, anchors, sizes)
     return ours, peer, bench_detect.agree, elements, 4 * elements
@@ -171,11 +181,12 @@ def post_processing(side: int, batch: int, classes: int, device: torch.device):
 
 def pairs(count: int, device: torch.device):
     boxes = [bench_box_iou.random_boxes(count, torch.float32, device, seed) for seed in range(2)]
-    peer = None
-    if has_torchvision():
+
+    def peer():
         from torchvision.ops import box_iou
 
-        peer = bench_box_iou.make_call(box_iou, boxes, backward=False)
+        return bench_box_iou.make_call(box_iou, boxes, backward=False)
+
     ours = bench_box_iou.make_call(retinanet_ext.box_iou, boxes, backward=False)
     return ours, peer, bench_box_iou.same_bits, count * count, 4 * count * count + 32 * count
 
@@ -191,14 +202,17 @@ CURVES = {
         "classes K", (1, 10, 100, 1000), lambda x, device: focal(10_000, x, device)
     ),
     "multilevel_focal_loss, forward and backward, 80 classes": Curve(
-        "side of the image, pixels", (64, 256, 1024, 2048), focal_of_levels
+        "side of the image, pixels", (64, 256, 1024, 2048), lambda x, device: focal_of_levels(x, 1, device)
+    ),
+    "multilevel_focal_loss, forward and backward, 64 x 64, 80 classes": Curve(
+        "images B", (1, 10, 100, 1000), lambda x, device: focal_of_levels(64, x, device)
     ),
     "assign_targets, 201,600 anchors": Curve(
         "boxes M",
         (1, 10, 100, 1000, 5000),
         lambda x, device: matching(COCO, x, device),
         100,
-        f"{SECONDS} from 1,000 boxes on, and the matrix of 5,000 boxes 4 GB",
+        f"{SECONDS} from 1,000 boxes on",
     ),
     "assign_targets, 50 boxes": Curve(
         "side of the image, pixels",
@@ -207,7 +221,18 @@ CURVES = {
         1024,
         SECONDS,
     ),
-    "box_regression_loss, forward and backward": Curve("side of the image, pixels", (64, 256, 1024, 4096), box_loss),
+    "assign_targets, 128 x 128, 50 boxes an image": Curve(
+        "images B", (1, 10, 100, 1000), lambda x, device: matching((128, 128), 50, device, batch=x)
+    ),
+    "box_regression_loss, forward and backward": Curve(
+        "side of the image, pixels", (64, 256, 1024, 4096), lambda x, device: box_loss(grids_of(x), 1, device)
+    ),
+    "box_regression_loss, forward and backward, 128 x 128": Curve(
+        "images B", (1, 10, 100, 1000), lambda x, device: box_loss(grids_of(128), x, device)
+    ),
+    "box_regression_loss, forward and backward, 512 x 512": Curve(
+        "boxes M", (1, 10, 100, 1000), lambda x, device: box_loss(grids_of(512), 1, device, boxes=x)
+    ),
     "encode_boxes": Curve(
         "boxes N", (100, 1000, 10_000, 100_000, 1_000_000), lambda x, device: coding("encode", x, device)
     ),
@@ -231,25 +256,50 @@ CURVES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("title", "x"), [(title, x) for title, curve in CURVES.items() for x in curve.values], ids=lambda value: str(value)
-)
-def test_growth(compare, device, timed, title, x):
-    curve = CURVES[title]
-    if not timed and x != curve.values[0]:
-        pytest.skip("a smoke run takes the smallest case of a curve")
-    ours, peer, agree, elements, bytes = curve.make(x, device)
-    sides = {"torchvision": peer or "torchvision is not installed"}
-    if device.type == "cpu" and curve.most is not None and x > curve.most:
-        sides["torchvision"] = f"left out beyond {curve.most:,}: {curve.why}"
-    compare(
+@pytest.fixture(scope="module")
+def ended() -> dict[str, str]:
+    """Curves whose peer ran out of memory, with the reason: its line ends there."""
+    return {}
+
+
+def measure(compare, device, title: str, curve: Curve, x: int, ended: dict[str, str]) -> None:
+    """One point of a curve."""
+    ours, make_peer, agree, elements, bytes = curve.make(x, device)
+    at = f"{curve.axis} = {x:,}"
+    if not has_torchvision():
+        peer = "torchvision is not installed"
+    elif title in ended:
+        peer = ended[title]
+    elif device.type == "cpu" and curve.most is not None and x > curve.most:
+        peer = f"left out beyond {curve.most:,}: {curve.why}"
+    else:
+        try:
+            peer = make_peer()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            peer = ended[title] = f"out of memory at {at}"
+    skipped = compare(
         f"growth of {title}: {curve.axis} = {x}",
         ours,
-        sides,
+        {"torchvision": peer},
         agree,
         elements=elements,
         bytes=bytes,
+        at=at,
         curve=title,
         axis=curve.axis,
         x=x,
     )
+    if skipped.get("torchvision", "").startswith("out of memory"):
+        ended[title] = skipped["torchvision"]
+
+
+@pytest.mark.parametrize(
+    ("title", "x"), [(title, x) for title, curve in CURVES.items() for x in curve.values], ids=lambda value: str(value)
+)
+def test_growth(compare, device, timed, ended, title, x):
+    curve = CURVES[title]
+    if not timed and x != curve.values[0]:
+        pytest.skip("a smoke run takes the smallest case of a curve")
+    measure(compare, device, title, curve, x, ended)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peak_memory import peak_bytes
+from peak_memory import out_of_memory, peak_bytes
 from results_file import origin, write_results
 
 HERE = Path(__file__).resolve().parent
@@ -91,6 +91,11 @@ def timed(request) -> bool:
     return request.config.getoption("--benchmark")
 
 
+@pytest.fixture(scope="session")
+def quick(request) -> bool:
+    return request.config.getoption("--quick")
+
+
 @pytest.fixture(autouse=True)
 def compiled_anew(timed):
     """A peer that is compiled is so for its own case: after eight variants of one function, which cases of other shapes
@@ -161,8 +166,12 @@ def captured(device):
 
 
 @pytest.fixture
-def compare(request, device, timed, copy_bandwidth):
-    """compare(case, ours, peers, agree, ...): checks that the sides agree, then times them in turns."""
+def compare(request, device, timed, quick, copy_bandwidth):
+    """compare(case, ours, peers, agree, ...): checks that the sides agree, then times them in turns.
+
+    A peer is a call, or the reason why there is none. One that runs out of memory is left out for that reason, with
+    `at`, the place on a curve. Returns the reasons by peer.
+    """
 
     def run(
         case: str,
@@ -173,21 +182,33 @@ def compare(request, device, timed, copy_bandwidth):
         elements: int,
         bytes: int,
         special_ops: float = 0.0,
+        at: str = "",
         **details,
-    ) -> None:
+    ) -> dict[str, str]:
         running = {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
         skipped = {name: peer for name, peer in peers.items() if isinstance(peer, str)}
-        for name, peer in running.items():
+        for name, peer in list(running.items()):
             try:
-                agree(ours(), peer())
+                other = peer()
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                del running[name]
+                skipped[name] = f"out of memory{f' at {at}' if at else ''}"
+                continue
+            try:
+                agree(ours(), other)
             except AssertionError as error:
                 raise AssertionError(f"{case}: ours and {name} disagree: {error}") from error
+            del other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what a peer held when it ran out
         if not timed:
             ours()
-            return
+            return skipped
 
         clock = Clock(device)
-        budget = 0.75 if request.config.getoption("--quick") else 3.0
+        budget = 0.75 if quick else 3.0
         times = {name: [] for name in running}
         for call in (ours, *running.values()):
             call()
@@ -222,6 +243,7 @@ def compare(request, device, timed, copy_bandwidth):
             details=details,
         )
         request.config.stash[RESULTS].append(result)
+        return skipped
 
     return run
 
@@ -261,6 +283,6 @@ def pytest_terminal_summary(terminalreporter, config):
         if "images" in result.details:
             line += f"   {result.details['images'] / result.ours.median * 1e3:.1f} images/s"
         write(line)
-    for name, reason in {pair for result in results for pair in result.skipped.items()}:
+    for name, reason in sorted({pair for result in results for pair in result.skipped.items()}):
         write(f"peer {name} was skipped: {reason}")
     write(f"written to {config.stash[RESULTS_PATH]}")

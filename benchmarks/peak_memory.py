@@ -1,4 +1,4 @@
-"""The most memory that a call holds at a time, beyond what was held before it."""
+"""The most memory that a call holds at a time, beyond what was held before it; and whether it ran out of memory."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     peak = _status("VmHWM")
     del result
     return max(0, peak - before)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a call failed because there was no more memory: on the CPU PyTorch says so by a RuntimeError."""
+    said = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in said or "can't allocate memory" in said)
+    )
 
 
 def _status(field: str) -> int:
