@@ -1,19 +1,20 @@
 """Writes the tables and plots of docs/performance.md from the results files alone: no figure there is typed by hand.
 
     python -m benchmarks.report            # writes docs/performance.md, and docs/images/scaling-*.png
-    python -m benchmarks.report --check    # exit status 1 where the page does not say what the results files say
+    python -m benchmarks.report --check    # exit status 1 where page or plots do not say what the results files say
 
 The page holds blocks, whose first line says what belongs into them; everything else on it is prose. FILE is a name in
 benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
 
-    <!-- cases FILE: PATTERN, PATTERN ... -->     a row a case: ours, and each peer with its factor
+    <!-- cases FILE: PATTERN, PATTERN ... -->     a row a case: ours, each peer with its factor; who is absent and why
     <!-- memory FILE: PATTERN, PATTERN ... -->    a row a case: the most that a call of each side holds at a time
     <!-- images FILE: PATTERN, PATTERN ... -->    a row a case of bench_loading.py: images a second
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- lockstep FILE, FILE ... -->              a column a run of train_vs_torchvision.py --lockstep
     <!-- reference FILE -->                       train_vs_reference.py
-    <!-- profile FILE -->                         profile_step.py
+    <!-- profile FILE -->                         profile_step.py: the parts, by hooks
+    <!-- operators FILE -->                       profile_step.py --profiler: shares by kind of operator
     <!-- evaluation FILE -->                      evaluation_speed.py
     <!-- scaling FILE -->                         plots of bench_scaling.py, an image a curve
     ...
@@ -32,7 +33,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,29 @@ def beside_ours(results: Sequence[dict[str, Any]], unit: str, figures: Callable[
     return table([f"case, {unit}", "ours", *peers], rows)
 
 
+def absent(results: Sequence[dict[str, Any]]) -> str:
+    """A line for each reason why a peer is not beside ours, with the operators unless it is that of all."""
+
+    def names(those: Sequence[dict[str, Any]]) -> list[str]:
+        return list(dict.fromkeys(labelled(result["case"]).split(" ")[0] for result in those))
+
+    without: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        for pair in result["skipped"].items():
+            without.setdefault(pair, []).append(result)
+    lines = []
+    for (peer, reason), those in sorted(without.items(), key=lambda item: item[0]):
+        where = "" if names(those) == names(results) else f" ({', '.join(names(those))})"
+        lines.append(f"- {peer}{where}: {reason.removeprefix(f'{peer} is ')}\n")
+    return f"\nNot beside ours:\n\n{''.join(lines)}" if lines else ""
+
+
 def cases(what: str, folder: Path) -> str:
     def medians(result: dict[str, Any]) -> dict[str, float]:
         return {name: timing["median"] for name, timing in {"ours": result["ours"], **result["peers"]}.items()}
 
-    return beside_ours(listed(what, folder), "milliseconds", medians)
+    results = listed(what, folder)
+    return beside_ours(results, "milliseconds", medians) + absent(results)
 
 
 def memory(what: str, folder: Path) -> str:
@@ -177,14 +196,26 @@ def training(what: str, folder: Path) -> str:
     runs = [(name.strip(), read(name.strip(), folder)) for name in what.split(",")]
     sides = ("retinanet_ext", "torchvision")
     figures = ("AP", "AP50", "seconds_per_step_median")
+    # Runs of before say neither what they trained, which was a ResNet-18, nor how much memory they held.
+    with_memory = any(run[side].get("peak_bytes") is not None for _, run in runs for side in sides)
+
+    def label(name: str, run: dict[str, Any]) -> str:
+        arch = run["recipe"].get("arch")
+        return f"{run['recipe']['seed']} ({f'{arch}, ' if arch else ''}{link(name)})"
+
+    def mebibytes(run: dict[str, Any]) -> list[str]:
+        peaks = [run[side].get("peak_bytes") for side in sides]
+        return ["" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks] if with_memory else []
+
     rows = [
-        [f"{run['recipe']['seed']} ({link(name)})", *(f"{run[side][key]:.3f}" for key in figures for side in sides)]
+        [label(name, run), *(f"{run[side][key]:.3f}" for key in figures for side in sides), *mebibytes(run)]
         for name, run in runs
     ]
     if len(runs) > 1:
         columns = [[run[side][key] for _, run in runs] for key in figures for side in sides]
-        rows.append(["mean", *(f"{statistics.mean(values):.3f}" for values in columns)])
-        rows.append(["lowest to highest", *(f"{min(values):.3f} to {max(values):.3f}" for values in columns)])
+        empty = [""] * (2 * with_memory)
+        rows.append(["mean", *(f"{statistics.mean(values):.3f}" for values in columns), *empty])
+        rows.append(["lowest to highest", *(f"{min(values):.3f} to {max(values):.3f}" for values in columns), *empty])
     header = [
         "seed",
         "AP ours",
@@ -193,6 +224,7 @@ def training(what: str, folder: Path) -> str:
         "torchvision",
         "seconds a step, median, ours",
         "torchvision",
+        *(["peak memory, MiB, ours", "torchvision"] if with_memory else []),
     ]
     return table(header, rows)
 
@@ -218,8 +250,17 @@ def reference(what: str, folder: Path) -> str:
     differences = [
         f"{images[key]:.1e}" for key in ("largest_difference_of_a_coordinate", "largest_difference_of_a_score")
     ]
+    forward = "matching and both losses of a batch, forward, median"
+    if "loss_seconds_median" in steps:  # a run of before, which timed the forward pass alone
+        timed = {forward: steps["loss_seconds_median"]}
+    else:
+        timed = {
+            forward: steps["loss_forward_seconds_median"],
+            "their backward pass, median": steps["loss_backward_seconds_median"],
+            "a whole training step, median": steps["step_seconds_median"],
+        }
     rows = [
-        beside("matching and both losses of a batch, forward, median", steps["loss_seconds_median"]),
+        *(beside(label, seconds) for label, seconds in timed.items()),
         beside("post-processing of an image, median", images["postprocess_seconds_median"]),
         [
             f"largest relative difference of a loss over the {steps['steps']} steps",
@@ -245,6 +286,27 @@ def profile(what: str, folder: Path) -> str:
         return table([f"{title}, milliseconds", *sides], rows)
 
     return parts("training step", report["training"]) + "\n" + parts("inference", report["inference"])
+
+
+def operators(what: str, folder: Path) -> str:
+    """Shares by kind of operator: a table of a training step, and one of an inference."""
+    name = what.strip()
+    report = read(name, folder)
+    if "operators" not in report:
+        raise ReportError(f"{name}: measured without --profiler")
+
+    def shares(title: str, sides: dict[str, dict[str, float]]) -> str:
+        kinds = list(dict.fromkeys(kind for times in sides.values() for kind in times))
+        totals = {side: sum(times.values()) for side, times in sides.items()}
+        rows = [
+            [kind, *(f"{100 * times.get(kind, 0) / totals[side]:.1f} %" for side, times in sides.items())]
+            for kind in kinds
+        ]
+        rows.append(["all, milliseconds", *(number(total) for total in totals.values())])
+        return table([title, *sides], rows)
+
+    parts = report["operators"]
+    return shares("training step", parts["training"]) + "\n" + shares("inference", parts["inference"])
 
 
 def evaluation(what: str, folder: Path) -> str:
@@ -282,6 +344,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "lockstep": lockstep,
     "reference": reference,
     "profile": profile,
+    "operators": operators,
     "evaluation": evaluation,
     "scaling": scaling,
 }
@@ -303,22 +366,39 @@ def fill(page: str, folder: Path) -> str:
     return filled
 
 
+def plots(page: str, folder: Path, images: Path) -> Iterator[tuple[Path, str, list[dict[str, Any]], str]]:
+    """The plots that the page shows: file, title, points, caption."""
+    from .report_plots import curves
+
+    for match in BLOCK.finditer(page):
+        if match["kind"] == "scaling":
+            name = match["what"].strip()
+            caption = machine(name, folder).split("; medians")[0]
+            for title, points in curves(read(name, folder)).items():
+                yield images / plot_file(title), title, points, caption
+
+
+def stale(page: str, folder: Path, images: Path) -> list[Path]:
+    """Plots that are missing, or were not drawn from these results."""
+    from .report_plots import digest, digest_in
+
+    return [
+        path
+        for path, title, points, caption in plots(page, folder, images)
+        if digest_in(path) != digest(title, points, caption)
+    ]
+
+
 def draw(page: str, folder: Path, images: Path) -> list[Path]:
-    """The plots that the page shows."""
-    from .report_plots import curves, draw_curve
+    """Draws the plots that the page shows."""
+    from .report_plots import draw_curve
 
     if importlib.util.find_spec("matplotlib") is None:
         raise ReportError("matplotlib, which draws the plots, is not installed: pip install matplotlib")
     drawn = []
-    for match in BLOCK.finditer(page):
-        if match["kind"] != "scaling":
-            continue
-        name = match["what"].strip()
-        report = read(name, folder)
-        caption = machine(name, folder).split("; medians")[0]
-        for title, points in curves(report).items():
-            drawn.append(images / plot_file(title))
-            draw_curve(title, points, caption, drawn[-1])
+    for path, title, points, caption in plots(page, folder, images):
+        draw_curve(title, points, caption, path)
+        drawn.append(path)
     return drawn
 
 
@@ -328,16 +408,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Writes the tables and plots of docs/performance.md from benchmarks/results.",
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 where the page is not current"
+        "--check", action="store_true", help="write nothing; exit status 1 where page or plots are not current"
     )
     options = parser.parse_args(arguments)
     page = PAGE.read_text()
     try:
         filled = fill(page, RESULTS)
         if options.check:
-            if filled != page:
-                print(f"{PAGE}: not what the results files say: run python -m benchmarks.report", file=sys.stderr)
-            return int(filled != page)
+            wrong = [PAGE] * (filled != page) + stale(page, RESULTS, IMAGES)
+            for path in wrong:
+                print(f"{path}: not what the results files say: run python -m benchmarks.report", file=sys.stderr)
+            return int(bool(wrong))
         drawn = draw(page, RESULTS, IMAGES)
     except ReportError as error:
         print(f"benchmarks.report: error: {error}", file=sys.stderr)

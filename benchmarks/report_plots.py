@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
+DIGEST = "Data SHA-256"
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
@@ -16,6 +19,36 @@ def curves(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         if "curve" in result["details"]:
             found.setdefault(result["details"]["curve"], []).append(result)
     return {title: sorted(points, key=lambda point: point["details"]["x"]) for title, points in found.items()}
+
+
+def digest(title: str, points: list[dict[str, Any]], caption: str) -> str:
+    """Of all that a plot shows; it stands in the picture's file."""
+    shown = [
+        [
+            point["details"]["axis"],
+            point["details"]["x"],
+            {name: timing["median"] for name, timing in {"ours": point["ours"], **point["peers"]}.items()},
+        ]
+        for point in points
+    ]
+    return hashlib.sha256(json.dumps([title, caption, shown], sort_keys=True).encode()).hexdigest()
+
+
+def digest_in(path: Path) -> str | None:
+    """What a picture was drawn from, by its file (PNG: length, kind, content and checksum of each chunk); None where it
+    does not say."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    place = 8
+    while place + 8 <= len(content):
+        length, kind = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
+        name, _, value = content[place + 8 : place + 8 + length].partition(b"\0")
+        if kind == b"tEXt" and name == DIGEST.encode():
+            return value.decode("latin-1")
+        place += 12 + length
+    return None
 
 
 def draw_curve(title: str, points: list[dict[str, Any]], caption: str, path: Path) -> None:
@@ -43,4 +76,4 @@ def draw_curve(title: str, points: list[dict[str, Any]], caption: str, path: Pat
     axes.legend(frameon=False)
     figure.supxlabel(textwrap.fill(caption, 110), fontsize=7, color="0.35")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None, DIGEST: digest(title, points, caption)})

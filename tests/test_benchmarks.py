@@ -1,8 +1,18 @@
 """The benchmarks' own checks and records: that wrong sides do not agree, and what is said of a peer that is missing."""
 
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from agreement import same_detections, unmatched
+from peak_memory import out_of_memory
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -59,3 +69,69 @@ def test_a_detection_is_nobodys_twice(found):
 def test_fewer_detections_are_not_the_same(found):
     with pytest.raises(AssertionError, match="40 detections beside 50"):
         same_detections({name: value[:40] for name, value in found.items()}, found, open_share=0.1)
+
+
+def too_large():
+    return torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_what_is_out_of_memory():
+    with pytest.raises(RuntimeError) as of_the_allocator:
+        too_large()
+    for error in (of_the_allocator.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        assert out_of_memory(error)
+    for error in (RuntimeError("shapes differ"), ValueError("not enough memory")):
+        assert not out_of_memory(error)
+
+
+PLANTED = """
+import pytest, torch
+from bench_scaling import Curve, ended, measure
+
+def agree(mine, other):
+    assert mine == other == 1
+
+def curve(where):
+    def make(x, device):
+        def call():
+            if x >= 100 and where == "call":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return 1
+
+        def peer():
+            if x >= 100 and where == "inputs":
+                torch.empty(1 << 60, dtype=torch.uint8)
+            if x > 100:
+                raise AssertionError("the line has ended")
+            return call
+
+        return (lambda: 1), peer, agree, x, x
+
+    return Curve("boxes N", (10, 100, 1000), make)
+
+@pytest.mark.parametrize("x", [10, 100, 1000])
+@pytest.mark.parametrize("where", ["call", "inputs"])
+def test_growth(compare, device, ended, where, x):
+    measure(compare, device, f"of the {where}", curve(where), x, ended)
+"""
+
+
+def test_a_peer_out_of_memory_ends_its_line_and_the_page_says_where(tmp_path, monkeypatch):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark, which times the cases, is not installed")
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    (tmp_path / "test_planted.py").write_text(PLANTED)
+    results = tmp_path / "planted.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--rootdir", tmp_path]
+    command += ["test_planted.py", "--benchmark", "--quick", "--device", "cpu", "--results", results]
+    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    points = json.loads(results.read_text())["results"]
+    assert [list(point["peers"]) for point in points] == [["torchvision"], [], []] * 2
+    reason = "out of memory at boxes N = 100"
+    assert [point["skipped"] for point in points] == [{}, *[{"torchvision": reason}] * 2] * 2
+    monkeypatch.syspath_prepend(ROOT)
+    text = importlib.import_module("benchmarks.report").scaling("planted", tmp_path)
+    assert text.count(f"- torchvision: {reason}\n") == 2

@@ -86,6 +86,30 @@ def test_curves_are_drawn_from_the_results(report, folder):
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_of_other_results_is_an_error(report, folder, monkeypatch, capsys):
+    content = json.loads((folder / "some-cpu.json").read_text())
+    for result, x in zip(content["results"], (10, 100, 1000), strict=True):
+        result["details"] = {"curve": "nms of N boxes", "axis": "boxes N", "x": x}
+    path = folder / "some-cpu.json"
+    path.write_text(json.dumps(content))
+    for name, value in (("PAGE", folder / "page.md"), ("RESULTS", folder), ("IMAGES", folder / "images")):
+        monkeypatch.setattr(report, name, value)
+    report.PAGE.write_text("<!-- scaling some-cpu -->\n<!-- end -->\n")
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    content["results"][0]["ours"]["median"] *= 2  # which no line of the page shows
+    path.write_text(json.dumps(content))
+    assert report.main(["--check"]) == 1
+    picture = report.IMAGES / "scaling-nms-of-n-boxes.png"
+    assert capsys.readouterr().err.startswith(f"{picture}: not what the results files say")
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    picture.write_bytes(picture.read_bytes()[:60])
+    assert report.main(["--check"]) == 1
+    picture.unlink()
+    assert report.main(["--check"]) == 1
+
+
 def test_plots_without_matplotlib(report, folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(report.ReportError, match="pip install matplotlib"):
@@ -101,6 +125,20 @@ def test_rows_in_the_order_of_the_patterns(report, folder):
         "| `nms` 1000 | 0.5 | 2 (4×) | 0.25 (0.5×) |",
         "| `nms` 5000 | 0.0000123 | 1234 (100000000×) |  |",
     ]
+
+
+def test_why_a_peer_is_absent(report, folder):
+    content = json.loads((folder / "some-cpu.json").read_text())
+    for result, reasons in zip(content["results"], ({"apex": "not there"}, {}, {"compiled": "breaks"}), strict=True):
+        result["skipped"] = {"mmcv": "mmcv is not installed", **reasons}
+    (folder / "some-cpu.json").write_text(json.dumps(content))
+    text = report.cases("some-cpu", folder)
+    assert text.split("Not beside ours:\n\n")[1].splitlines() == [
+        "- apex (`nms`): not there",
+        "- compiled (`detect`): breaks",
+        "- mmcv: not installed",
+    ]
+    assert "apex" not in report.cases("some-cpu: detect*", folder)
 
 
 def test_memory_in_whole_megabytes(report, folder):
@@ -142,6 +180,65 @@ def test_a_row_a_training_run_and_what_they_have_together(report, folder):
     assert mean.split(" | ")[:3] == ["| mean", "0.375", "0.250"]
     assert extent.split(" | ")[:3] == ["| lowest to highest", "0.250 to 0.500", "0.125 to 0.375"]
     assert "commit 012345678; [results]" in report.machine("run0", folder)
+
+
+def test_what_a_training_run_holds(report, folder):
+    for name, recipe, peaks in (("new", {"seed": 0, "arch": "resnet50"}, (3 << 20, None)), ("old", {"seed": 1}, ())):
+        side = {"AP": 0.5, "AP50": 0.75, "seconds_per_step_median": 1.0}
+        run = {"recipe": recipe, "retinanet_ext": {**side}, "torchvision": {**side}}
+        for key, peak in zip(("retinanet_ext", "torchvision"), peaks, strict=False):
+            run[key]["peak_bytes"] = peak
+        (folder / f"{name}.json").write_text(json.dumps(run))
+    header, _, new, old, *_ = report.training("new, old", folder).splitlines()
+    assert header.endswith("| peak memory, MiB, ours | torchvision |")
+    assert new.startswith("| 0 (resnet50, [results]")
+    assert new.endswith("| 1.000 | 3 |  |")
+    assert old.endswith("| 1.000 |  |  |")
+    assert "memory" not in report.training("old", folder)
+
+
+def test_the_operators_and_their_plain_pytorch(report, folder):
+    seconds = {"operators": 0.001, "reference": 0.02}
+    images = {
+        "images": 2,
+        "images_with_the_same_labels_in_the_same_order": 2,
+        "detections": 1234,
+        "largest_difference_of_a_coordinate": 6e-5,
+        "largest_difference_of_a_score": 6e-8,
+        "postprocess_seconds_median": seconds,
+    }
+    steps = {"steps": 5, "largest_relative_difference_of_a_loss": 2e-7}
+    new = {
+        "loss_forward_seconds_median": seconds,
+        "loss_backward_seconds_median": {"operators": 0.002, "reference": 0.03},
+        "step_seconds_median": {"operators": 1.5, "reference": 1.8},
+    }
+    earlier = {"loss_seconds_median": seconds, "step_seconds_median": 1.5}
+    for name, timed in (("new", new), ("earlier", earlier)):
+        (folder / f"{name}.json").write_text(json.dumps({"training": {**steps, **timed}, "prediction": images}))
+    forward, backward, step, *rest = report.reference("new", folder).splitlines()[2:]
+    assert forward == "| matching and both losses of a batch, forward, median | 1 ms | 20 ms (20×) |"
+    assert backward == "| their backward pass, median | 2 ms | 30 ms (15×) |"
+    assert step == "| a whole training step, median | 1500 ms | 1800 ms (1.2×) |"
+    assert report.reference("earlier", folder).splitlines()[2:] == [forward, *rest]
+
+
+def test_the_shares_of_the_operators(report, folder):
+    sides = {"ours": {"convolutions": 75.0, "ReLU": 25.0}, "torchvision": {"convolutions": 90.0, "pooling": 110.0}}
+    content = json.loads((folder / "some-cpu.json").read_text())
+    (folder / "parts.json").write_text(json.dumps({**content, "operators": {"training": sides, "inference": sides}}))
+    training, inference = report.operators("parts", folder).split("\n\n")
+    assert training.splitlines() == [
+        "| training step | ours | torchvision |",
+        "| --- | --- | --- |",
+        "| convolutions | 75.0 % | 45.0 % |",
+        "| ReLU | 25.0 % | 0.0 % |",
+        "| pooling | 0.0 % | 55.0 % |",
+        "| all, milliseconds | 100 | 200 |",
+    ]
+    assert inference.startswith("| inference | ours | torchvision |")
+    with pytest.raises(report.ReportError, match="some-cpu: measured without --profiler"):
+        report.operators("some-cpu", folder)
 
 
 def test_weights_in_lockstep(report, folder):
