@@ -2,15 +2,17 @@
 
     python benchmarks/train_vs_reference.py --data VOC_FOLDER --steps 60
 
-One model takes `--steps` optimizer steps on the operators; before each step the same batch and weights go through the
-loss on retinanet_ext.reference too. Then the trained model predicts the validation images on both. Times are medians of
-the loss (or of post-processing) alone, and of the whole step beside it. The sides take turns in going first.
+One model takes `--steps` optimizer steps on the operators; beside each of them a second model, from the same weights
+and with the same batch, takes one on retinanet_ext.reference. Then the trained model predicts the validation images on
+both. Times are medians: of the loss alone, forward and backward, of whole steps, and of post-processing alone. The
+sides take turns in going first.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import itertools
 import json
 import statistics
@@ -46,6 +48,7 @@ def running_on(side: str, names: tuple[str, ...]) -> Iterator[None]:
 
 
 def timed(call: Callable[[], object]) -> tuple[object, float]:
+    """What the call returns, and its seconds."""
     start = time.perf_counter()
     result = call()
     return result, time.perf_counter() - start
@@ -64,48 +67,83 @@ class Recorder:
         return result
 
 
-def loss_of(model: torch.nn.Module, batch, side: str) -> dict[str, float]:
-    """Losses of one batch on one side, and the seconds that they took, without the network's own forward pass."""
-    recorder = Recorder(model, "_losses")
-    try:
-        with running_on(side, LOSS_OPERATORS), torch.no_grad():
-            losses = model(batch.images, batch.targets)
-    finally:
-        del model._losses
-    return {**{name: float(value) for name, value in losses.items()}, "seconds": recorder.seconds}
+class Side:
+    """A model in training on one side: its operators, or their plain PyTorch."""
+
+    def __init__(self, name: str, model: torch.nn.Module, steps: int):
+        self.name, self.model = name, model
+        self.optimizer = make_optimizer(model, "adamw", 3e-4)
+        self.scheduler = make_scheduler(self.optimizer, steps, min(50, steps), "cosine")
+        self.seconds: dict[str, list[float]] = {"loss_forward": [], "loss_backward": [], "step": []}
+        self.gradient_at: float | None = None
+
+    def _gradient_arrived(self, _gradient: torch.Tensor) -> None:
+        """The backward pass leaves the losses when an output of the head has its gradient."""
+        if self.gradient_at is None:
+            self.gradient_at = time.perf_counter()
+
+    def step(self, batch, clip: float) -> dict[str, float]:
+        """Takes an optimizer step; the losses."""
+        compute = self.model._losses
+
+        def losses(*arguments):
+            for tensor in tensors_of(arguments):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._gradient_arrived)
+            result, seconds = timed(lambda: compute(*arguments))
+            self.seconds["loss_forward"].append(seconds)
+            return result
+
+        self.model._losses, self.gradient_at = losses, None
+        try:
+            with running_on(self.name, LOSS_OPERATORS):
+                begin = time.perf_counter()
+                self.optimizer.zero_grad(set_to_none=True)
+                found = self.model(batch.images, batch.targets)
+                total = sum(found.values())
+                backward = time.perf_counter()
+                total.backward()
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.seconds["step"].append(time.perf_counter() - begin)
+        finally:
+            del self.model._losses
+        self.seconds["loss_backward"].append(self.gradient_at - backward)
+        return {name: float(value.detach()) for name, value in found.items()}
 
 
-def train(model, loader, optimizer, scheduler, steps: int, clip: float) -> dict[str, object]:
-    """The steps on the operators, each after a look at both sides' losses in the same state (BatchNorm's too)."""
-    seconds = {side: [] for side in SIDES}
-    difference, step_seconds, first = 0.0, [], []
+def tensors_of(outputs: object) -> list[torch.Tensor]:
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    if not isinstance(outputs, (dict, list, tuple)):
+        return []
+    children = outputs.values() if isinstance(outputs, dict) else outputs
+    return [tensor for child in children for tensor in tensors_of(child)]
+
+
+def train(model, loader, steps: int, clip: float) -> dict[str, object]:
+    """The steps on the operators, each beside one on plain PyTorch from the same weights and BatchNorm statistics."""
+    sides = {name: Side(name, model if name == "operators" else copy.deepcopy(model), steps) for name in SIDES}
+    difference, losses = 0.0, []
     batches = itertools.chain.from_iterable(loader for epoch in itertools.count() if not loader.set_epoch(epoch))
     for step, batch in zip(range(steps), batches, strict=False):
-        state = {name: value.clone() for name, value in model.state_dict().items()}
-        found = {}
-        for side in SIDES if step % 2 == 0 else SIDES[::-1]:
-            found[side] = loss_of(model, batch, side)
-            seconds[side].append(found[side].pop("seconds"))
-            model.load_state_dict(state)
+        sides["reference"].model.load_state_dict(model.state_dict())
+        order = SIDES if step % 2 == 0 else SIDES[::-1]
+        found = {name: sides[name].step(batch, clip) for name in order}
         for name, value in found["operators"].items():
             difference = max(difference, abs(value - found["reference"][name]) / abs(found["reference"][name]))
-        first.append(found)
-
-        def take_step(batch=batch):
-            optimizer.zero_grad(set_to_none=True)
-            sum(model(batch.images, batch.targets).values()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            scheduler.step()
-
-        step_seconds.append(timed(take_step)[1])
+        losses.append(found)
+    medians = {
+        f"{what}_seconds_median": {name: statistics.median(side.seconds[what]) for name, side in sides.items()}
+        for what in ("loss_forward", "loss_backward", "step")
+    }
     return {
         "steps": steps,
         "largest_relative_difference_of_a_loss": difference,
-        "first_losses": first[:2],
-        "last_losses": first[-1],
-        "loss_seconds_median": {side: statistics.median(values) for side, values in seconds.items()},
-        "step_seconds_median": statistics.median(step_seconds),
+        "first_losses": losses[:2],
+        "last_losses": losses[-1],
+        **medians,
     }
 
 
@@ -153,6 +191,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also write the json here")
     arguments = parser.parse_args()
+    facts = origin()
     train_set = open_dataset(arguments.data, "train")
     val_set = open_dataset(arguments.data, "val", class_names=train_set.class_names)
     torch.manual_seed(arguments.seed)
@@ -166,11 +205,9 @@ def main() -> None:
         }
     ).train()
     loader = make_loader(train_set, arguments.batch_size, train=True, seed=arguments.seed)
-    optimizer = make_optimizer(model, "adamw", 3e-4)
-    scheduler = make_scheduler(optimizer, arguments.steps, min(50, arguments.steps), "cosine")
     report = {
-        **origin(),
-        "training": train(model, loader, optimizer, scheduler, arguments.steps, CLIP_GRAD_NORM["adamw"]),
+        **facts,
+        "training": train(model, loader, arguments.steps, CLIP_GRAD_NORM["adamw"]),
         "prediction": predict(model, val_set, 87),
     }
     print(json.dumps(report, indent=1))

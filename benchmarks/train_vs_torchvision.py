@@ -2,11 +2,12 @@
 
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --epochs 10
 
-Both get ResNet-18 with trainable BatchNorm, the same anchors, the same initial weights (unless
+Both get ResNet-18 (or --arch resnet50) with trainable BatchNorm, the same anchors, the same initial weights (unless
 --own-weights), the same loader, order, flips, optimizer and schedule, and are scored by the same code. They
 train an epoch each in turn, the first one alternating, so that whatever else the machine does falls on both
 alike. On the CPU both keep freed memory for the next step, as `retinanet-ext train` does. Seconds a step are medians
-over the steps; data loading counts for both.
+over the steps; data loading counts for both. Peak memory is the most that an epoch of a side held beyond what there was
+before it: gradients, the optimizer's state and what the backward pass needs, without the weights.
 
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --lockstep 20 --float64
 
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import peak_bytes
 from results_file import origin, write_results
 from torch import nn
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
@@ -62,15 +64,20 @@ class Contestant:
     model: nn.Module
     loader: Any
     stepper: Stepper
+    device: torch.device
     records: list[StepRecord] = field(default_factory=list)
     result: Evaluation | None = None
+    peak_bytes: int | None = None  # None where the system does not say
 
     def train_epoch(self, epoch: int, total_steps: int) -> None:
         """Train one epoch, or what is left of `total_steps`."""
         self.loader.set_epoch(epoch)
         left = total_steps - len(self.records)
         batches = (batch for _, batch in zip(range(left), self.loader, strict=False))
-        self.records.extend(train_steps(self.stepper, batches, first_step=len(self.records)))
+        steps = train_steps(self.stepper, batches, first_step=len(self.records))
+        peak = peak_bytes(lambda: self.records.extend(steps), self.device)
+        if peak is not None:
+            self.peak_bytes = max(peak, self.peak_bytes or 0)
 
     def summary(self) -> dict[str, Any]:
         """AP, AP50, steps and times of this contestant."""
@@ -82,6 +89,7 @@ class Contestant:
             "steps": len(self.records),
             "seconds_per_step_median": round(statistics.median(seconds), 4),
             "seconds_per_step_mean": round(statistics.fmean(seconds), 4),
+            "peak_bytes": self.peak_bytes,
             "train_seconds": round(sum(seconds), 1),
             "predict_seconds_per_image": round(self.result.seconds / self.result.images, 4),
             "first_losses": [round(r.total, 5) for r in self.records[:3]],
@@ -92,10 +100,12 @@ class Contestant:
         }
 
 
-def torchvision_model(num_classes: int, min_size: int, max_size: int, anchor_sizes: list[list[int]]) -> nn.Module:
-    """torchvision's RetinaNet with ResNet-18 and trainable BatchNorm, random weights."""
+def torchvision_model(
+    arch: str, num_classes: int, min_size: int, max_size: int, anchor_sizes: list[list[int]]
+) -> nn.Module:
+    """torchvision's RetinaNet with trainable BatchNorm, random weights."""
     backbone = resnet_fpn_backbone(
-        backbone_name="resnet18",
+        backbone_name=arch,
         weights=None,
         norm_layer=nn.BatchNorm2d,
         trainable_layers=5,
@@ -121,11 +131,11 @@ def make_contestants(
     anchor_sizes = octaves(arguments.anchor_sizes)
     num_classes = len(train_set.class_names)
     torch.manual_seed(arguments.seed)
-    theirs = torchvision_model(num_classes, arguments.min_size, arguments.max_size, anchor_sizes)
+    theirs = torchvision_model(arguments.arch, num_classes, arguments.min_size, arguments.max_size, anchor_sizes)
     torch.manual_seed(arguments.seed)
     ours = build_model(
         {
-            "arch": "resnet18",
+            "arch": arguments.arch,
             "num_classes": num_classes,
             "min_size": arguments.min_size,
             "max_size": arguments.max_size,
@@ -152,7 +162,7 @@ def make_contestants(
         optimizer = make_optimizer(model, "adamw", arguments.lr)
         scheduler = make_scheduler(optimizer, total_steps, arguments.warmup_steps, "cosine")
         stepper = Stepper(model, optimizer, scheduler, device, clip_grad_norm=arguments.clip_grad_norm)
-        contestants.append(Contestant(name, model, loader, stepper))
+        contestants.append(Contestant(name, model, loader, stepper, device))
     return contestants
 
 
@@ -198,6 +208,7 @@ def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: b
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a VOC folder, or a COCO set, with splits train and val")
+    parser.add_argument("--arch", default="resnet18", choices=["resnet18", "resnet50"])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps", type=int, help="stop after so many steps (default: all of the epochs)")
     parser.add_argument("--batch-size", type=int, default=4)

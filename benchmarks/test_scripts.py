@@ -1,0 +1,121 @@
+"""The scripts beside the benchmarks: each runs once, small, and writes what `python -m benchmarks.report` reads."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
+    pytest.importorskip(module, reason=f"{module} is not installed")
+
+from retinanet_ext.data import generate_shapes  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--batch-size", "2", "--min-size", "64", "--max-size", "64"]
+
+
+@pytest.fixture(autouse=True)
+def only_small(timed):
+    if timed:
+        pytest.skip("these are no timings")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return str(generate_shapes(tmp_path_factory.mktemp("data"), train_images=4, val_images=2, image_size=64))
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(script, argument, ...): what the script writes; its name in the report is "some"."""
+
+    def call(script: str, *arguments: str) -> dict:
+        path = tmp_path / "some.json"
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments, "--output", str(path)])
+        assert not importlib.import_module(script).main()
+        return json.loads(path.read_text())
+
+    return call
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.report")
+
+
+def has_origin(written):
+    return {"date", "machine"} <= set(written) and {"processor", "commit", "torch"} <= set(written["machine"])
+
+
+def test_evaluation_speed(run, report, tmp_path):
+    pytest.importorskip("pycocotools", reason="pycocotools, the peer, is not installed")
+    written = run("evaluation_speed", "--images", "5")
+    assert has_origin(written)
+    assert written["detections"] == 500
+    assert "| pycocotools" in report.evaluation("some", tmp_path)
+
+
+def test_profile_step(run, report, tmp_path):
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    written = run("profile_step", "--smoke", "--profiler")
+    assert has_origin(written)
+    for task, last in (("training", "update"), ("inference", "anchors, post-processing")):
+        for side in ("ours", "torchvision, accelerated", "torchvision"):
+            parts, kinds = written[task][side], written["operators"][task][side]
+            assert all(value > 0 for value in parts.values())
+            assert list(parts)[-2:] == [last, "all"]
+            assert parts["all"] == pytest.approx(sum(parts.values()) - parts["all"])
+            # Whatever is in no part by the hooks is in none by the profiler.
+            assert {"resize and batch", "convolutions", "ReLU", last} <= set(kinds)
+            assert next(iter(kinds)).startswith("convolutions")
+    backward = {"convolutions, backward", "BatchNorm, backward", "ReLU, backward", "backward of the losses"}
+    assert backward <= set(written["operators"]["training"]["torchvision"])
+    assert "| backward of the losses |" in report.profile("some", tmp_path)
+    assert "| convolutions, backward |" in report.operators("some", tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_train_vs_torchvision(run, report, tmp_path, shapes, arch):
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    written = run("train_vs_torchvision", "--data", shapes, "--steps", "2", "--arch", arch, *SMALL)
+    assert has_origin(written)
+    assert written["recipe"]["arch"] == arch
+    for side in ("retinanet_ext", "torchvision"):
+        assert written[side]["steps"] == 2
+        weights = {"resnet18": 20, "resnet50": 34}[arch] * 1e6 * 4
+        peak = written[side]["peak_bytes"]
+        assert peak is None or peak > 3 * weights  # gradients and two moments
+    assert f"| 0 ({arch}, " in report.training("some", tmp_path)
+
+
+def test_lockstep(run, report, tmp_path, shapes):
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    written = run("train_vs_torchvision", "--data", shapes, "--lockstep", "1", "--float64", *SMALL)
+    assert written["lockstep"][0]["relative_difference_of_the_losses"] < 1e-9
+    assert "float64 |" in report.lockstep("some", tmp_path)
+
+
+def test_train_vs_reference(run, report, tmp_path, shapes):
+    written = run("train_vs_reference", "--data", shapes, "--steps", "2", *SMALL)
+    assert has_origin(written)
+    steps = written["training"]
+    assert steps["largest_relative_difference_of_a_loss"] < 1e-4
+    for side in ("operators", "reference"):
+        forward, backward, whole = (
+            steps[f"{part}_seconds_median"][side] for part in ("loss_forward", "loss_backward", "step")
+        )
+        assert min(forward, backward) > 0
+        assert forward + backward < whole
+    assert "| a whole training step, median |" in report.reference("some", tmp_path)
+
+
+def test_anchor_match_pairs():
+    pairs = importlib.import_module("anchor_match_pairs")
+    anchors, boxes, _ = pairs.make_case(((64, 96), 1, 5), pairs.torch.device("cpu"))
+    shares = pairs.count_pairs(anchors, boxes[0])
+    assert 0 < shares["second pass"] <= shares["first pass"] <= shares["overlap the tile"] <= 1
