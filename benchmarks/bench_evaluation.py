@@ -14,7 +14,7 @@ from evaluation_speed import generate, pycocotools_precision, same_precision  # 
 
 from retinanet_ext.engine.evaluate import score_detections  # noqa: E402
 
-IMAGES, SMOKE_IMAGES = 200, 5
+IMAGES, SMOKE_IMAGES = 100, 5
 DETECTIONS, CLASSES = 100, 80
 
 

@@ -205,7 +205,7 @@ CURVES = {
         "side of the image, pixels", (64, 256, 1024, 2048), lambda x, device: focal_of_levels(x, 1, device)
     ),
     "multilevel_focal_loss, forward and backward, 64 x 64, 80 classes": Curve(
-        "images B", (1, 10, 100, 1000), lambda x, device: focal_of_levels(64, x, device)
+        "images B", (1, 10, 100, 1000), lambda x, device: focal_of_levels(64, x, device), 100, SECONDS
     ),
     "assign_targets, 201,600 anchors": Curve(
         "boxes M",
@@ -222,7 +222,7 @@ CURVES = {
         SECONDS,
     ),
     "assign_targets, 128 x 128, 50 boxes an image": Curve(
-        "images B", (1, 10, 100, 1000), lambda x, device: matching((128, 128), 50, device, batch=x)
+        "images B", (1, 10, 100, 1000), lambda x, device: matching((128, 128), 50, device, batch=x), 100, SECONDS
     ),
     "box_regression_loss, forward and backward": Curve(
         "side of the image, pixels", (64, 256, 1024, 4096), lambda x, device: box_loss(grids_of(x), 1, device)

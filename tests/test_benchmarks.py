@@ -71,6 +71,16 @@ def test_fewer_detections_are_not_the_same(found):
         same_detections({name: value[:40] for name, value in found.items()}, found, open_share=0.1)
 
 
+def test_torchvisions_post_processing_is_no_one_graph():
+    """What bench_detect says of its absent peer."""
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    bench = importlib.import_module("bench_detect")
+    case = bench.make_case(bench.SMOKE, -5.5, torch.float32, torch.device("cpu"))
+    call = bench.torchvision_call(*case, bench.SMOKE[2])
+    with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
+        torch.compile(call, fullgraph=True, backend="eager")()
+
+
 def too_large():
     return torch.empty(1 << 60, dtype=torch.uint8)
 
