@@ -15,8 +15,8 @@ Each csrc/*/*_sass.json has
               elements a thread with exactly these ``loads`` and ``stores`` by bits, at most so many ``mufu`` of each
               kind an element, and neither calls nor local memory. ``why`` is for the reader.
 ``recorded``  written by ``--write-budget``: what one compiler made of each kernel, whole (with its loads and stores by
-              bits) and an element of the fast path. A count that differs by more than ``RECORDED_TOLERANCE``, up or down, is to be looked at and
-              recorded anew.
+              bits) and an element of the fast path. A count that differs by more than ``RECORDED_TOLERANCE``, up or
+              down, is to be looked at and recorded anew.
 
 Registers and stack hold for every architecture in the library, the rest for sm_90.
 """
@@ -62,9 +62,8 @@ def read_budgets(root: Path = code.ROOT) -> list[Budget]:
             fast_path = entry.get("fast_path", dict.fromkeys(FAST_PATH_KEYS)).keys()
             if not entry.keys() <= KEYS or fast_path - {"loops"} != FAST_PATH_KEYS:
                 raise ValueError(f"{path}: keys of {entry}")
-            if "fast_path" in entry and not known_by(entry["fast_path"]["mufu"]):
-                if not {"128"} & {*entry["fast_path"]["loads"], *entry["fast_path"]["stores"]}:
-                    raise ValueError(f"{path}: a fast path is found by its MUFU or 128-bit accesses, {entry} has none")
+            if "fast_path" in entry and not can_be_found(entry["fast_path"]):
+                raise ValueError(f"{path}: a fast path is found by its MUFU or 128-bit accesses, {entry} has none")
         budgets.append(Budget(path, content["limits"], content.get("recorded", {})))
     return budgets
 
@@ -72,6 +71,10 @@ def read_budgets(root: Path = code.ROOT) -> list[Budget]:
 def known_by(mufu: dict[str, float]) -> str | None:
     """The special function by which a fast path is found: EX2, or the first of which each element takes a whole one."""
     return next((kind for kind in ("EX2", *mufu) if mufu.get(kind, 0) >= 1), None)
+
+
+def can_be_found(fast_path: dict) -> bool:
+    return known_by(fast_path["mufu"]) is not None or "128" in {**fast_path["loads"], **fast_path["stores"]}
 
 
 def limits_of(kernel: Kernel, budgets: list[Budget]) -> dict:
@@ -155,8 +158,8 @@ def fast_path_failures(kernel: Kernel, limits: dict) -> list[str]:
 
 
 def record(kernel: Kernel, limits: dict) -> dict[str, float | list[float] | dict[str, int]]:
-    """Instructions, MUFU, loads and stores by bits of the whole kernel; an element's instructions and float operations on
-    each fast path, and its instructions once around the outermost loop, which is a tile with all its overhead."""
+    """Instructions, MUFU, loads and stores by bits of the whole kernel; an element's instructions and float operations
+    on each fast path, and its instructions once around the outermost loop, which is a tile with all its overhead."""
     body = [one for one in kernel.instructions if one.base != "NOP"]
     numbers = {
         "instructions": len(body),

@@ -6,10 +6,10 @@ control flow. A basic block that holds EX2 for 1, 2, ... whole vectors evaluates
 treats a vector in straight-line code. The fast path of a loop is then the cheapest way once around it that evaluates
 exactly the vectors of a thread's batch and makes their 128-bit accesses, or nearly as many where no way does. Other
 kernels are known by another special function (a division's RCP), or by their 128-bit accesses alone, which the way then
-makes to the number. Cheap counts issue slots; a narrower access is ``NARROW_ACCESS_COST``, because lanes lie 16 bytes apart: a warp's access of
-whatever width moves 512 bytes through a cache of 128 bytes a clock, while the multiprocessor could start 16
-instructions. Nothing is taken from line numbers: the compiler merges equal instructions of different source lines and
-keeps one of the lines.
+makes to the number. Cheap counts issue slots; a narrower access is ``NARROW_ACCESS_COST``, because lanes lie 16 bytes
+apart: a warp's access of whatever width moves 512 bytes through a cache of 128 bytes a clock, while the multiprocessor
+could start 16 instructions. Nothing is taken from line numbers: the compiler merges equal instructions of different
+source lines and keeps one of the lines.
 """
 
 from __future__ import annotations
