@@ -165,7 +165,9 @@ def by_operator(call, device: torch.device) -> dict[str, float]:
     """Milliseconds of one call by kind of operator, most first: each operator's own time, without that of those it
     calls; on CUDA that of its kernels."""
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], acc_events=True
+    ) as seen:
         call()
     events = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CPU]
     ends = sorted((event.time_range.start, event.name) for event in events if event.name.startswith(MARK))
