@@ -115,12 +115,12 @@ def test_sigmoid_focal_loss(compare, device, timed, targets_form, size, dtype, d
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("size", BATCHES)
-def test_batches(compare, device, timed, size, dtype, direction):
+def test_batches(compare, device, timed, size, direction):
+    """In bfloat16: the peers' sum over 64 images, in the logits' dtype, is beyond float16."""
     if timed and device.type == "cpu":
         pytest.skip("16 images and more take the CPU peers seconds a call; one image says as much")
-    run_case(compare, device, timed, "indices", size, dtype, direction)
+    run_case(compare, device, timed, "indices", size, torch.bfloat16, direction)
 
 
 def run_case(compare, device, timed, targets_form, size, dtype, direction):
