@@ -73,7 +73,7 @@ class ExportedNetwork(nn.Module):
         super().__init__()
         self.backbone = model.backbone
         self.head = model.head
-        self.any_size = size is None
+        self.checks_sides = size is None  # inside the program, where nothing else does
         self.make_anchors = _GridAnchors(model) if size is None else _FixedAnchors(model, size)
         transform = model.transform
         self.register_buffer("mean", torch.tensor(transform.image_mean).view(1, 3, 1, 1))
@@ -81,7 +81,7 @@ class ExportedNetwork(nn.Module):
 
     def levels(self, images: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Class logits ``[B, A * K, H_l, W_l]``, deltas ``[B, 4 * A, H_l, W_l]``, and anchors ``[N, 4]``."""
-        if self.any_size:
+        if self.checks_sides:
             images = _in_squares(images)
         features = self.backbone((images - self.mean) / self.std)
         return *self.head(features), self.make_anchors(images, features)
@@ -134,8 +134,9 @@ def _in_squares(images: Tensor) -> Tensor:
 
 def _rows(level: Tensor, channels: int) -> Tensor:
     """``[B, A * C, H, W]`` to ``[B, H * W * A, C]``."""
-    batch, _, height, width = level.shape
-    return level.view(batch, -1, channels, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, channels)
+    batch, of_cell, height, width = level.shape
+    anchors = of_cell // channels
+    return level.view(batch, anchors, channels, height, width).permute(0, 3, 4, 1, 2).flatten(1, 3)
 
 
 def trace(
