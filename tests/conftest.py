@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -45,15 +46,28 @@ def num_threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def without_pictures():
-    """Runs write everything but their pictures, which take longer than the training of a test."""
+@contextlib.contextmanager
+def pictures_left_out():
     from retinanet_ext.engine import recorder, run_folder
 
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((run_folder, "draw_evaluation"), (recorder, "plot_labels"), (recorder, "plot_results")):
             patch.setattr(module, name, lambda *_: None)
         patch.setattr(recorder, "with_pictures", lambda batches, *_: batches)
+        yield
+
+
+@pytest.fixture(scope="module")
+def without_pictures():
+    """The runs of a file write everything but their pictures, which take longer than the training of a test."""
+    with pictures_left_out():
+        yield
+
+
+@pytest.fixture
+def without_pictures_here():
+    """The same for one test."""
+    with pictures_left_out():
         yield
 
 

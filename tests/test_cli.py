@@ -380,7 +380,7 @@ def next_command(out):
     return make_parser().parse_args(argv), said
 
 
-def test_every_command_says_what_to_do_next(trained, data, tmp_path, without_pictures, monkeypatch, capsys):
+def test_every_command_says_what_to_do_next(trained, data, tmp_path, without_pictures_here, monkeypatch, capsys):
     from retinanet_ext import diagnostics
     from retinanet_ext.engine import bench, demo
     from retinanet_ext.engine.bench_cases import make_cases
