@@ -90,6 +90,7 @@ def test_train_vs_torchvision(run, report, tmp_path, shapes, arch):
         weights = {"resnet18": 20, "resnet50": 34}[arch] * 1e6 * 4
         peak = written[side]["peak_bytes"]
         assert peak is None or peak > 3 * weights  # gradients and two moments
+        assert written["weights_in_the_other_model"][side]["AP"] == written[side]["AP"]
     assert f"| 0 ({arch}, " in report.training("some", tmp_path)
 
 

@@ -3,11 +3,12 @@
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --epochs 10
 
 Both get ResNet-18 (or --arch resnet50) with trainable BatchNorm, the same anchors, the same initial weights (unless
---own-weights), the same loader, order, flips, optimizer and schedule, and are scored by the same code. They
-train an epoch each in turn, the first one alternating, so that whatever else the machine does falls on both
-alike. On the CPU both keep freed memory for the next step, as `retinanet-ext train` does. Seconds a step are medians
-over the steps; data loading counts for both. Peak memory is the most that an epoch of a side held beyond what there was
-before it: gradients, the optimizer's state and what the backward pass needs, without the weights.
+--own-weights), the same loader, order, flips, optimizer and schedule, and are scored by the same code. They train an
+epoch each in turn, the first one alternating, so that whatever else the machine does falls on both alike. At the end
+each side's weights are also scored in the other's model: what differs there is due to predicting, and the rest to the
+weights. On the CPU both keep freed memory for the next step, as `retinanet-ext train` does. Seconds a step are
+medians over the steps; data loading counts for both. Peak memory is the most that an epoch of a side held beyond what
+there was before it: gradients, the optimizer's state and what the backward pass needs, without the weights.
 
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --lockstep 20 --float64
 
@@ -166,6 +167,18 @@ def make_contestants(
     return contestants
 
 
+def evaluate_swapped(contestants: list[Contestant], val_set: DetectionDataset) -> dict[str, dict[str, float]]:
+    """The metrics that each side's weights reach in the other side's model: whether predictions or weights differ."""
+    first, second = contestants
+    weights = {one.name: copy.deepcopy(one.model.state_dict()) for one in contestants}
+    metrics = {}
+    for name, other in ((first.name, second), (second.name, first)):
+        other.model.load_state_dict(weights[name])
+        result = evaluate(other.model, val_set, device=other.device)
+        metrics[name] = {key: round(value, 4) for key, value in result.metrics.items()}
+    return metrics
+
+
 def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: bool) -> dict[str, Any]:
     """Trains both a step each in turn; after each, how far apart losses are, and weights beside how far they moved."""
 
@@ -268,6 +281,7 @@ def main() -> int:
     for contestant in contestants:
         contestant.result = evaluate(contestant.model, val_set, device=device)
         print(f"{contestant.name}\n{format_metrics(contestant.result)}")
+    swapped = {} if arguments.twins else {"weights_in_the_other_model": evaluate_swapped(contestants, val_set)}
     report = {
         **facts,
         "recipe": {key: value for key, value in vars(arguments).items() if key not in ("data", "output", "threads")},
@@ -277,6 +291,7 @@ def main() -> int:
             "classes": train_set.class_names,
         },
         **{contestant.name: contestant.summary() for contestant in contestants},
+        **swapped,
     }
     print(json.dumps(report, indent=1))
     if arguments.output is not None:
