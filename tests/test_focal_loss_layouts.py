@@ -320,6 +320,31 @@ def test_fake_kernels_know_any_layout(data):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gamma", [2.0, 1.5])
+@pytest.mark.parametrize(("soft", "smoothing"), [(False, 0.0), (False, 0.1), (True, 0.0)])
+def test_an_element_has_the_same_bits_wherever_it_lies(dtype, gamma, soft, smoothing):
+    """Runs are evaluated by vectors; the rest of a run must not be rounded otherwise than its whole vectors."""
+    rows = 1021
+    logits = (torch.randn(rows, 1) * 4).to(dtype)
+    targets = torch.rand(rows, 1).to(dtype) if soft else torch.full((rows,), -1)
+    options = (None, None, 0.25, gamma, smoothing, -2)
+    ops, one = torch.ops.retinanet_ext, torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def loss_and_gradient(first, last):
+        part, part_targets = logits[first:last].clone(), targets[first:last].clone()
+        return (
+            ops.sigmoid_focal_loss(part, part_targets, *options, 0, False),
+            ops.sigmoid_focal_loss_backward(one, part, part_targets, *options, 2),
+        )
+
+    whole = loss_and_gradient(0, rows)
+    for width in (1, 5, 16):
+        parts = [loss_and_gradient(i, min(rows, i + width)) for i in range(0, rows, width)]
+        for pieces, expected in zip(zip(*parts, strict=True), whole, strict=True):
+            assert torch.equal(torch.cat(pieces), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("classes", [1, 81])
 def test_results_larger_than_the_cache_have_the_bits_of_their_parts(dtype, classes):
     """Large results are written around the caches, in large pages; every element arrives, in every dtype."""

@@ -77,6 +77,21 @@ def test_exp2_below_the_normal_numbers_vanishes(focal_math, isa):
     assert (np.abs(focal_math.float32.exp2(near, isa) - np.exp2(near.astype(np.float64))) <= 2.0**-149).all()
 
 
+def test_exp2_decay_is_within_two_ulp(focal_math, isa):
+    m = np.concatenate([np.linspace(0, 126, 500_001), np.linspace(0, 2, 100_001)]).astype(np.float32)
+    assert relative_error(focal_math.float32.exp2_decay(m, isa), np.exp2(-m.astype(np.float64))) <= 2 * ULP
+    whole = np.arange(127).astype(np.float32)
+    np.testing.assert_array_equal(focal_math.float32.exp2_decay(whole, isa), np.exp2(-whole.astype(np.float64)))
+
+
+def test_exp2_decay_below_the_normal_numbers_vanishes(focal_math, isa):
+    beyond = np.float32([127, 127.25, 128, 150, 1000, 1e38, np.inf, np.nan])
+    assert (focal_math.float32.exp2_decay(beyond, isa) == 0).all()
+    near = np.linspace(126, 127, 1001).astype(np.float32)
+    values = focal_math.float32.exp2_decay(near, isa)
+    assert ((values >= 0) & (values <= 2.0**-126)).all()
+
+
 def test_log2_keeps_relative_precision_near_one(focal_math, isa):
     everywhere = np.exp2(np.linspace(-126, 127.9, 500_001))
     around_one = np.concatenate([1 + np.linspace(-0.4, 1.1, 300_001), 1 + np.linspace(-1e-5, 1e-5, 2001)])

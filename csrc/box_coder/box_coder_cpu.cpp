@@ -41,7 +41,11 @@ struct RowBlock {
 template <typename S, typename T>
 RNX_HD void read_rows_as(const BoxRows& rows, int64_t offset, int64_t stride, int64_t first, int64_t count,
                          RowBlock<T>& block) {
-  for (int64_t i = 0; i < count; ++i) block.set(first + i, load_box_as<T, S>(rows, offset + i * stride));
+  if (rows.whole && stride == 4) {  // side by side: vectorises
+    for (int64_t i = 0; i < count; ++i) block.set(first + i, load_box_as<T, S>(rows, offset + 4 * i));
+  } else {
+    for (int64_t i = 0; i < count; ++i) block.set(first + i, load_box_as<T, S>(rows, offset + i * stride));
+  }
 }
 
 // `count` rows, `stride` elements apart, to the places from `first` on.
@@ -85,34 +89,39 @@ struct CoderBody {
   BoxRows upstream;
   CoderOptions<T> options;
 
-  // Both arguments of rows `row`, `row` + 1, ...
-  RNX_HD void read_block(int64_t row, int64_t count, RowBlock<T>& values, RowBlock<T>& anchors) const {
+  // What is read by rows: values, anchors and, for gradients, the upstream gradient.
+  static constexpr int kSources = is_gradient(kTask) ? 3 : 2;
+
+  // Reading and writing have one call each in a loop over the tensors, because every call is compiled apart.
+  RNX_HD void read_blocks(int64_t row, int64_t count, RowBlock<T>* blocks) const {
     const BroadcastDims& dims = args.dims;
     const int last = dims.count - 1;
     const int64_t inner = last < 0 ? 1 : dims.sizes[last];
+    const BoxRows* const sources[] = {&args.values, &args.anchors, &upstream};
+    const int64_t strides[] = {last < 0 ? 0 : dims.strides[0][last], last < 0 ? 0 : dims.strides[1][last], 4};
     for (int64_t filled = 0; filled < count;) {
-      const BroadcastOffsets offsets = broadcast_offsets(dims, row + filled);
+      const BroadcastOffsets broadcast = broadcast_offsets(dims, row + filled);
+      const int64_t offsets[] = {broadcast.first, broadcast.second, 4 * (row + filled)};
       const int64_t piece = std::min(count - filled, inner - (row + filled) % inner);
-      read_rows(args.values, offsets.first, last < 0 ? 0 : dims.strides[0][last], filled, piece, values);
-      read_rows(args.anchors, offsets.second, last < 0 ? 0 : dims.strides[1][last], filled, piece, anchors);
+      for (int i = 0; i < kSources; ++i) read_rows(*sources[i], offsets[i], strides[i], filled, piece, blocks[i]);
       filled += piece;
     }
   }
 
   RNX_HD void operator()(int64_t begin, int64_t end) const {
-    RowBlock<T> gradient, values, anchors;
+    RowBlock<T> blocks[kSources];
     for (int64_t row = begin; row < end; row += kBlock) {
       const int64_t count = std::min(kBlock, end - row);
-      read_block(row, count, values, anchors);
-      if constexpr (is_gradient(kTask)) read_rows(upstream, 4 * row, 4, 0, count, gradient);
+      read_blocks(row, count, blocks);
       for (int64_t i = 0; i < count; ++i) {
-        const Box<T> above = is_gradient(kTask) ? gradient.get(i) : Box<T>{};
-        const CoderRow<T> result = coder_row<kTask>(above, values.get(i), anchors.get(i), options);
-        values.set(i, result.first);
-        anchors.set(i, result.second);
+        const Box<T> above = is_gradient(kTask) ? blocks[kSources - 1].get(i) : Box<T>{};
+        const CoderRow<T> result = coder_row<kTask>(above, blocks[0].get(i), blocks[1].get(i), options);
+        blocks[0].set(i, result.first);
+        blocks[1].set(i, result.second);
       }
-      if (args.results[0].data != nullptr) write_rows(args.results[0], row, count, values);
-      if (args.results[1].data != nullptr) write_rows(args.results[1], row, count, anchors);
+      for (int i = 0; i < 2; ++i) {
+        if (args.results[i].data != nullptr) write_rows(args.results[i], row, count, blocks[i]);
+      }
     }
   }
 };

@@ -36,16 +36,27 @@ struct HardTerms {
   T log2_p;
 };
 
-// e^-|z|: one special-function instruction on the device.
+// e^-|z|: one special-function instruction on the device. NaN for NaN there, and anything here.
 template <typename T>
 RNX_HD T decay(T z) {
-  return exp2_fast(std::fabs(z) * -MathConstants<T>::kLog2E);
+  return exp2_decay(std::fabs(z) * MathConstants<T>::kLog2E);
+}
+
+// Which form of the functions holds. NaN must come through by softplus or by u: on the host it is above, where softplus
+// has z itself; on the device u brings it, and this comparison takes fewer registers.
+template <typename T>
+RNX_HD bool is_above(T z) {
+#if defined(__CUDA_ARCH__)
+  return z > T(0);
+#else
+  return !(z < T(0));
+#endif
 }
 
 template <typename T, Gamma kGamma>
 RNX_HD HardTerms<T> hard_terms(T z) {
   using C = MathConstants<T>;
-  const bool above = z > T(0);
+  const bool above = is_above(z);
   const T u = decay(z);
   const T r = reciprocal(T(1) + u);
   const T tail = u * r;
@@ -53,7 +64,7 @@ RNX_HD HardTerms<T> hard_terms(T z) {
   HardTerms<T> terms;
   terms.p = above ? r : tail;
   terms.q = above ? tail : r;
-  // Not `above ? z + log_1p : log_1p`, which a compiler may turn into a branch. NaN comes in by log_1p.
+  // Not `above ? z + log_1p : log_1p`, which a compiler may turn into a branch.
   terms.softplus = (above ? z : T(0)) + log_1p;
   if (kGamma == Gamma::kAny) {
     const T log2_p = ((above ? T(0) : z) - log_1p) * C::kLog2E;
@@ -107,7 +118,7 @@ struct SoftTerms {
 
 template <typename T>
 RNX_HD SoftTerms<T> soft_terms(T x) {
-  const bool above = x > T(0);
+  const bool above = is_above(x);
   const T u = decay(x);
   const T r = reciprocal(T(1) + u);
   const T tail = u * r;

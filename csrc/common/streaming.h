@@ -6,10 +6,11 @@
 #include <cstdint>
 
 #if defined(__x86_64__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #include <unistd.h>
 #endif
 
+#include "cpu_dispatch.h"
 #include "host_device.h"
 
 namespace retinanet_ext {
@@ -26,17 +27,64 @@ inline bool outgrows_cache(std::size_t bytes) {
 #endif
 }
 
+#if defined(__x86_64__)
+constexpr int64_t kCacheLine = 64;  // bytes
+
+// `lines` whole cache lines by the widest stores there are: a line that arrives in pieces waits for its last one.
+__attribute__((noinline, target("avx512f"))) inline void stream_lines_avx512(char* target, const char* source,
+                                                                             int64_t lines) {
+  for (int64_t i = 0; i < lines; ++i) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i * kCacheLine),
+                        _mm512_loadu_si512(source + i * kCacheLine));
+  }
+}
+
+__attribute__((noinline, target("avx"))) inline void stream_lines_avx(char* target, const char* source, int64_t lines) {
+  for (int64_t i = 0; i < 2 * lines; ++i) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target) + i,
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source) + i));
+  }
+}
+
+inline void stream_lines(char* target, const char* source, int64_t lines) {
+  switch (cpu_isa()) {
+    case CpuIsa::kAvx512:
+      return stream_lines_avx512(target, source, lines);
+    case CpuIsa::kAvx2:
+      return stream_lines_avx(target, source, lines);
+    case CpuIsa::kBaseline:
+      break;
+  }
+  for (int64_t i = 0; i < 4 * lines; ++i) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target) + i,
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(source) + i));
+  }
+}
+#endif
+
 // Copies `count` elements; around the caches from the first 16-byte boundary of `target` to the last.
 template <typename S>
 RNX_HD void stream_copy(S* target, const S* source, int64_t count) {
   int64_t i = 0;
 #if defined(__x86_64__)
   constexpr int64_t kWidth = 16 / static_cast<int64_t>(sizeof(S));
-  for (; i < count && reinterpret_cast<std::uintptr_t>(target + i) % 16 != 0; ++i) target[i] = source[i];
-  for (; i + kWidth <= count; i += kWidth) {
+  constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(S));
+  const auto off = [&](std::uintptr_t boundary) __attribute__((always_inline)) {
+    return reinterpret_cast<std::uintptr_t>(target + i) % boundary != 0;
+  };
+  const auto stream_16_bytes = [&]() __attribute__((always_inline)) {
     _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
                      _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+    i += kWidth;
+  };
+  for (; i < count && off(16); ++i) target[i] = source[i];
+  while (i + kWidth <= count && off(kCacheLine)) stream_16_bytes();
+  const int64_t lines = (count - i) / kLine;
+  if (lines > 0) {
+    stream_lines(reinterpret_cast<char*>(target + i), reinterpret_cast<const char*>(source + i), lines);
+    i += lines * kLine;
   }
+  while (i + kWidth <= count) stream_16_bytes();
 #endif
   for (; i < count; ++i) target[i] = source[i];
 }

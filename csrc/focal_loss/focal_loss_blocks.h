@@ -22,7 +22,15 @@ namespace retinanet_ext {
 constexpr int64_t kFocalBlock = 512;            // elements evaluated at a time: 2 KiB of float
 constexpr int64_t kFocalChunkElements = 16384;  // elements of a parallel task, about
 constexpr int64_t kSumLanes = 16;               // a block's tree sum ends at this width
+constexpr int64_t kVectorLanes = 16;            // the widest vector: 512 bits of float
 static_assert(kFocalBlock % kSumLanes == 0 && (kFocalBlock & (kFocalBlock - 1)) == 0);
+static_assert(kFocalBlock % kVectorLanes == 0);
+
+// Elements are evaluated in whole vectors, up to this many for `count` of them: what a vectorised loop leaves over runs in
+// a copy of the loop that a compiler may round otherwise, and takes as long an element as a vector.
+RNX_HD int64_t whole_vectors(int64_t count) {
+  return (count + kVectorLanes - 1) / kVectorLanes * kVectorLanes;
+}
 
 // Rows of one block of memory. T is the compute type, float or double.
 template <typename T>
@@ -73,6 +81,19 @@ RNX_HD const T* read_block(const void* base, ScalarType type, int64_t offset, in
     }
   }
   return static_cast<const T*>(base) + offset;
+}
+
+// The same with zeros behind, up to whole vectors.
+template <typename T>
+RNX_HD const T* read_whole_vectors(const void* base, ScalarType type, int64_t offset, int64_t count, T* buffer) {
+  const T* values = read_block(base, type, offset, count, buffer);
+  const int64_t end = whole_vectors(count);
+  if (end == count) return values;
+  if (values != buffer) {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = values[i];
+  }
+  for (int64_t i = count; i < end; ++i) buffer[i] = T(0);
+  return buffer;
 }
 
 // The upstream gradient of a sum or mean: one number, of the inputs' dtype or wider.
@@ -134,21 +155,23 @@ struct FocalBlock {
 };
 
 // Evaluates `count` elements as background: losses before alpha_negative, gradients with alpha_negative and grad_scale.
-// Where kByColumn they lie in columns `column`, `column` + 1, ... of one row, and losses have their alphas.
+// Where kByColumn they lie in columns `column`, `column` + 1, ... of one row, and losses have their alphas. Behind them x
+// is read, and the block written, up to whole vectors.
 template <FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
 RNX_HD void evaluate_background(const FocalWork<T>& work, const T* x, int64_t count, int64_t column,
                                 FocalBlock<T>& block) {
   const T gamma = work.gamma;
   const T h = work.half_smoothing;
   const T scale = work.alpha_negative * work.grad_scale;
+  const int64_t end = whole_vectors(count);
   if (kByColumn && h != T(0)) {
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < end; ++i) {
       const LossAndGradient<T> element = smoothed_element(x[i], gamma, h);
       if (kTask != FocalTask::kGradient) block.losses[i] = element.loss;
       if (differentiates(kTask)) block.gradients[i] = element.gradient * scale;
     }
   } else {
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < end; ++i) {
       const LossAndGradient<T> element = hard_element<T, kGamma>(x[i], gamma);
       if (kTask != FocalTask::kGradient) block.losses[i] = element.loss;
       if (differentiates(kTask)) block.gradients[i] = element.gradient * scale;
@@ -194,7 +217,7 @@ RNX_HD void background_run(const FocalWork<T>& work, int64_t input_offset, int64
   FocalBlock<T> block;
   for (int64_t start = 0; start < count; start += kFocalBlock) {
     const int64_t n = std::min(kFocalBlock, count - start);
-    const T* x = read_block(work.inputs, work.input_type, input_offset + start, n, buffer);
+    const T* x = read_whole_vectors(work.inputs, work.input_type, input_offset + start, n, buffer);
     evaluate_background<kTask, kGamma, kByColumn>(work, x, n, column + start, block);
     finish_block<kTask>(work, block, offset + start, n, work.alpha_negative, sum);
   }
@@ -239,41 +262,41 @@ RNX_HD int64_t row_class(const FocalWork<T>& work, int64_t row) {
 }
 
 // Rows [begin, end) against class indices. A factor that belongs to a whole row (its class weight) or to the sum is
-// applied by copying the few numbers of `work` that carry it.
+// applied by copying the few numbers of `work` that carry it. All runs pass one call, because each is compiled apart.
 template <FocalTask kTask, Gamma kGamma, bool kByColumn, typename T>
 RNX_HD double index_rows(const FocalWork<T>& work, int64_t begin, int64_t end) {
   const int64_t k = work.num_classes;
   const bool packed = work.row_stride == k && !kByColumn;
   double sum = 0;
-  int64_t row = begin;
-  while (row < end) {
+  FocalWork<T> weighted = work;
+  int64_t last = begin;
+  for (int64_t row = begin; row < end; row = last) {
     const int64_t target = row_class(work, row);
+    last = row + 1;
     if (target == work.ignore_index) {
       if (kTask != FocalTask::kSum) zero_run(work, row * k, k);
-      ++row;
-    } else if (target < 0 || target >= k) {
-      int64_t last = row + 1;
-      if (packed) {
-        for (; last < end; ++last) {
-          const int64_t next = row_class(work, last);
-          if (next == work.ignore_index || (next >= 0 && next < k)) break;
-        }
+      continue;
+    }
+    const int64_t in = row * work.row_stride;
+    const int64_t out = row * k;
+    const bool positive = target >= 0 && target < k;
+    if (!positive && packed) {
+      for (; last < end; ++last) {
+        const int64_t next = row_class(work, last);
+        if (next == work.ignore_index || (next >= 0 && next < k)) break;
       }
-      background_run<kTask, kGamma, kByColumn>(work, row * work.row_stride, row * k, (last - row) * k, 0, sum);
-      row = last;
-    } else {
-      const int64_t in = row * work.row_stride;
-      const int64_t out = row * k;
-      FocalWork<T> weighted = work;
-      if (work.weight != nullptr) {
-        weighted.alpha_positive *= work.weight[target];
-        weighted.alpha_negative *= work.weight[target];
+    }
+    const T factor = positive && work.weight != nullptr ? work.weight[target] : T(1);
+    weighted.alpha_positive = work.alpha_positive * factor;
+    weighted.alpha_negative = work.alpha_negative * factor;
+    // The whole of the rows, or what lies on either side of the class.
+    for (int64_t side = 0; side < (positive ? 2 : 1); ++side) {
+      const int64_t first = side * (target + 1);
+      const int64_t stop = positive && side == 0 ? target : (last - row) * k;
+      background_run<kTask, kGamma, kByColumn>(weighted, in + first, out + first, stop - first, first, sum);
+      if (positive && side == 0) {
+        positive_element<kTask, kGamma, kByColumn>(weighted, in + target, out + target, target, sum);
       }
-      background_run<kTask, kGamma, kByColumn>(weighted, in, out, target, 0, sum);
-      positive_element<kTask, kGamma, kByColumn>(weighted, in + target, out + target, target, sum);
-      background_run<kTask, kGamma, kByColumn>(weighted, in + target + 1, out + target + 1, k - target - 1, target + 1,
-                                               sum);
-      ++row;
     }
   }
   return sum;

@@ -20,14 +20,15 @@ struct SoftElements {
     double sum = 0;
     for (int64_t start = begin; start < end; start += kFocalBlock) {
       const int64_t n = std::min(kFocalBlock, end - start);
-      const T* x = read_block(work.inputs, work.input_type, start, n, input_buffer);
-      const T* t = read_block(work.targets, work.target_type, start, n, target_buffer);
-      for (int64_t i = 0; i < n; ++i) {
+      const int64_t evaluated = whole_vectors(n);
+      const T* x = read_whole_vectors(work.inputs, work.input_type, start, n, input_buffer);
+      const T* t = read_whole_vectors(work.targets, work.target_type, start, n, target_buffer);
+      for (int64_t i = 0; i < evaluated; ++i) {
         const int64_t column = kByColumn ? (start + i) % work.num_classes : 0;
         positive[i] = kByColumn ? work.class_alpha_positive[column] : work.alpha_positive;
         negative[i] = kByColumn ? work.class_alpha_negative[column] : work.alpha_negative;
       }
-      for (int64_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; i < evaluated; ++i) {
         const LossAndGradient<T> element = soft_element<T, kGamma>(x[i], t[i], gamma, positive[i], negative[i]);
         if (kTask != FocalTask::kGradient) block.losses[i] = element.loss;
         if (differentiates(kTask)) block.gradients[i] = element.gradient * work.grad_scale;

@@ -69,7 +69,7 @@ RNX_HD double plane(const LevelImage<T>& part, int64_t anchor, int64_t k) {
   size_t first = 0;
   for (int64_t start = 0; start < part.cells; start += kFocalBlock) {
     const int64_t count = std::min(kFocalBlock, part.cells - start);
-    const T* x = read_block(work.inputs, work.input_type, offset + start, count, buffer);
+    const T* x = read_whole_vectors(work.inputs, work.input_type, offset + start, count, buffer);
     evaluate_background<kTask, kGamma, false>(work, x, count, 0, block);
     size_t last = first;
     for (; last < special.size() && special[last].cell < start + count; ++last) {

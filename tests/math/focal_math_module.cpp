@@ -68,6 +68,9 @@ void define_functions(py::module_& m) {
   m.def("exp2", [](Array<T> t, const std::string& isa) {
     return map<T, T>(isa, t, [](T v) INLINE_BODY { return exp2_fast(v); });
   });
+  m.def("exp2_decay", [](Array<T> m, const std::string& isa) {
+    return map<T, T>(isa, m, [](T v) INLINE_BODY { return exp2_decay(v); });
+  });
   m.def("log2", [](Array<T> d, const std::string& isa) {
     return map<T, T>(isa, d, [](T v) INLINE_BODY { return log2_fast(v); });
   });
