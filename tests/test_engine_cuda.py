@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from busy_checkpoint import model_config, save_busy_checkpoint
 from rank_processes import in_processes
 from small_retinanet import small_model
 from torch import distributed, nn
@@ -20,7 +21,7 @@ for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
 
 from retinanet_ext.cli import main  # noqa: E402
 from retinanet_ext.data import Batch, generate_shapes, make_loader, open_dataset  # noqa: E402
-from retinanet_ext.engine.checkpoint import build_model, load_checkpoint, load_model, save_checkpoint  # noqa: E402
+from retinanet_ext.engine.checkpoint import load_checkpoint, load_model  # noqa: E402
 from retinanet_ext.engine.distributed import joined, started_world  # noqa: E402
 from retinanet_ext.engine.export import export  # noqa: E402
 from retinanet_ext.engine.export_modules import ExportedDetector  # noqa: E402
@@ -32,16 +33,7 @@ from retinanet_ext.engine.stepper import Stepper  # noqa: E402
 pytestmark = pytest.mark.cuda
 
 SIZE = (64, 64)
-CONFIG = {
-    "arch": "resnet18",
-    "num_classes": 3,
-    "norm": "batch",
-    "min_size": 64,
-    "max_size": 64,
-    "anchor_sizes": [[8, 10, 12], [16, 20, 25], [32, 40, 50], [64, 80, 101], [128, 161, 203]],
-    "detections_per_img": 50,
-    "topk_candidates": 100,
-}
+CONFIG = model_config()
 MODEL = "--arch resnet18 --norm group --min-size 64 --max-size 64 --anchor-sizes 8 16 32 64 128"
 RECIPE = "--epochs 2 --batch-size 2 --ema 0.9 --workers 1"
 
@@ -69,14 +61,7 @@ def trained(data, tmp_path_factory, without_pictures):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A checkpoint whose heads are random enough to find many boxes, and no two of one score."""
-    torch.manual_seed(0)
-    model = build_model(CONFIG)
-    nn.init.normal_(model.head.classification_head.cls_logits.weight, std=1.0)
-    nn.init.normal_(model.head.regression_head.bbox_reg.weight, std=0.05)
-    path = tmp_path_factory.mktemp("weights") / "best.pt"
-    save_checkpoint(path, model, CONFIG, ["disc", "square", "star"])
-    return path
+    return save_busy_checkpoint(tmp_path_factory.mktemp("weights"), CONFIG)
 
 
 def run_val(trained, data, folder, *options):

@@ -9,38 +9,21 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from busy_checkpoint import CLASSES, model_config, save_busy_checkpoint
 
 from retinanet_ext.cli import main
-from retinanet_ext.engine.checkpoint import build_model, load_model, save_checkpoint
+from retinanet_ext.engine.checkpoint import build_model, load_model
 from retinanet_ext.engine.export import FORMATS, export, image_size
 from retinanet_ext.engine.export_modules import ExportedDetector
 from retinanet_ext.engine.settings import SettingError
 
 SIZE = (64, 96)
-CONFIG = {
-    "arch": "resnet18",
-    "num_classes": 3,
-    "norm": "batch",
-    "min_size": SIZE[0],
-    "max_size": SIZE[1],
-    "anchor_sizes": [[8, 10, 12], [16, 20, 25], [32, 40, 50], [64, 80, 101], [128, 161, 203]],
-    "detections_per_img": 50,
-    "topk_candidates": 100,
-}
-CLASSES = ["disc", "square", "star"]
+CONFIG = model_config(*SIZE)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A checkpoint whose heads are random enough to find many boxes of all classes, and no two of one score."""
-    torch.manual_seed(0)
-    model = build_model(CONFIG)
-    nn.init.normal_(model.head.classification_head.cls_logits.weight, std=1.0)
-    nn.init.normal_(model.head.regression_head.bbox_reg.weight, std=0.05)
-    path = tmp_path_factory.mktemp("weights") / "best.pt"
-    save_checkpoint(path, model, CONFIG, CLASSES)
-    return path
+    return save_busy_checkpoint(tmp_path_factory.mktemp("weights"), CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -6,37 +6,22 @@ import sys
 
 import pytest
 import torch
-from torch import nn
+from busy_checkpoint import model_config, save_busy_checkpoint
 
 from retinanet_ext.cli import main
-from retinanet_ext.engine.checkpoint import build_model, load_model, save_checkpoint
+from retinanet_ext.engine.checkpoint import load_model
 from retinanet_ext.engine.export import export
 from retinanet_ext.engine.export_modules import ExportedDetector
 from retinanet_ext.engine.export_programs import check_compiler
 from retinanet_ext.engine.settings import SettingError
 
 SIZE = (64, 64)
-CONFIG = {
-    "arch": "resnet18",
-    "num_classes": 3,
-    "norm": "batch",
-    "min_size": 64,
-    "max_size": 64,
-    "anchor_sizes": [[8, 10, 12], [16, 20, 25], [32, 40, 50], [64, 80, 101], [128, 161, 203]],
-    "detections_per_img": 50,
-    "topk_candidates": 100,
-}
+CONFIG = model_config()
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    model = build_model(CONFIG)
-    nn.init.normal_(model.head.classification_head.cls_logits.weight, std=1.0)
-    nn.init.normal_(model.head.regression_head.bbox_reg.weight, std=0.05)
-    path = tmp_path_factory.mktemp("weights") / "best.pt"
-    save_checkpoint(path, model, CONFIG, ["disc", "square", "star"])
-    return path
+    return save_busy_checkpoint(tmp_path_factory.mktemp("weights"), CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from busy_checkpoint import model_config, save_busy_checkpoint
 from torch import nn
 
 for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -15,35 +16,19 @@ import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 
 from retinanet_ext import detect  # noqa: E402
-from retinanet_ext.engine.checkpoint import build_model, load_model, save_checkpoint  # noqa: E402
+from retinanet_ext.engine.checkpoint import load_model  # noqa: E402
 from retinanet_ext.engine.export import export  # noqa: E402
 from retinanet_ext.engine.export_modules import ExportedDetector, ExportedHeads  # noqa: E402
 from retinanet_ext.engine.export_onnx import translate  # noqa: E402
 from retinanet_ext.models.anchors import AnchorGenerator  # noqa: E402
 
 SIZE = (64, 96)
-CONFIG = {
-    "arch": "resnet18",
-    "num_classes": 3,
-    "norm": "batch",
-    "min_size": SIZE[0],
-    "max_size": SIZE[1],
-    "anchor_sizes": [[8, 10, 12], [16, 20, 25], [32, 40, 50], [64, 80, 101], [128, 161, 203]],
-    "detections_per_img": 50,
-    "topk_candidates": 100,
-}
+CONFIG = model_config(*SIZE)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Heads so random that boxes of all classes are found, and no two of one score."""
-    torch.manual_seed(0)
-    model = build_model(CONFIG)
-    nn.init.normal_(model.head.classification_head.cls_logits.weight, std=1.0)
-    nn.init.normal_(model.head.regression_head.bbox_reg.weight, std=0.05)
-    path = tmp_path_factory.mktemp("weights") / "best.pt"
-    save_checkpoint(path, model, CONFIG, ["disc", "square", "star"])
-    return path
+    return save_busy_checkpoint(tmp_path_factory.mktemp("weights"), CONFIG)
 
 
 @pytest.fixture(scope="module")

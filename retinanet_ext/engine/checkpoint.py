@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from retinanet_ext.models import RetinaNetConfig, build_retinanet
+from retinanet_ext.models.config import CHECKPOINT_FORMAT
 
-FORMAT = "retinanet_ext.checkpoint"
 VERSION = 2
 
 
@@ -83,7 +83,7 @@ def save_checkpoint(
     go on with.
     """
     content = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "version": VERSION,
         "torch": str(torch.__version__),
         "model": model.state_dict(),
@@ -135,7 +135,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {_unpickling_reason(error)}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{path}: not a checkpoint of retinanet_ext (it holds {held}). A bare state dict goes into a "

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.config import CHECKPOINT_FORMAT
+
 # What files of weights are made of. Everything else becomes an `Unread`: nothing of it is imported or called.
 _SAFE = {
     ("collections", "OrderedDict"),
@@ -133,9 +135,7 @@ def read_weights_and_order(path: str | Path) -> tuple[dict[str, Tensor], str | N
 
 
 def _anchor_order(content: Any) -> str | None:
-    from ..engine.checkpoint import FORMAT
-
-    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+    if not isinstance(content, Mapping) or content.get("format") != CHECKPOINT_FORMAT:
         return None
     return content["model_config"].get("anchor_order", "ratio")
 

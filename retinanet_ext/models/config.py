@@ -15,6 +15,9 @@ from .anchors import DEFAULT_ASPECT_RATIOS, DEFAULT_SIZES, DEFAULT_SMALLEST_SIZE
 from .resnet import BACKBONES, NORMS
 from .transform import IMAGENET_MEAN, IMAGENET_STD
 
+# What a file calls itself that holds such a configuration and the weights of its model.
+CHECKPOINT_FORMAT = "retinanet_ext.checkpoint"
+
 _EXACT_ANCHORS = {
     "anchor_sizes": octave_sizes(DEFAULT_SMALLEST_SIZES, truncated=False),
     "anchor_strides": (8, 16, 32, 64, 128),
