@@ -283,6 +283,17 @@ def test_each_image_is_evaluated_once(data):
             assert result.losses == pytest.approx(expected.losses, rel=1e-9)
 
 
+def test_a_large_training_batch_is_not_evaluated_at_once(tmp_path):
+    """Eight images at most, however many a step takes."""
+    data = generate_shapes(tmp_path / "data", train_images=1, val_images=19, image_size=32)
+    dataset = open_dataset(data, "val")
+    model = small_model(len(dataset.class_names)).eval()
+    sizes = []
+    model.backbone.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    evaluate_together(World(), model, dataset, batch_size=32)
+    assert sizes == [8, 8, 3]
+
+
 class Killed(BaseException):
     pass
 
