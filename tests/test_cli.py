@@ -172,10 +172,6 @@ def test_predict_goes_on_past_an_unreadable_image(trained, data, tmp_path, capsy
         (["train", "/nowhere/at/all"], "/nowhere/at/all: no such file or folder"),
         (["train", "--resume", "/nowhere"], "not a run folder"),
         (["train", "{data}", "--val-split", "no", "--run-dir", "{tmp}"], "--no-val trains without one"),
-        (
-            ["train", "{data}/annotations/instances_train.json", "--run-dir", "{tmp}"],
-            "a json file holds one split",
-        ),
         (["val", "/nowhere.pt", "{data}"], "/nowhere.pt: no such checkpoint"),
         (["val", "{data}/annotations/instances_val.json", "{data}"], "not a checkpoint"),
     ],
@@ -197,6 +193,7 @@ TRAIN, VAL, PREDICT = ("train", "{data}"), ("val", "{weights}", "{data}"), ("pre
     [
         (("train",), "DATA is missing"),
         (("train", "x", "--resume", "y"), "--resume takes DATA and --run-dir from the run"),
+        (("train", "{data}/annotations/instances_train.json"), "--val-data: expected the validation set, as the json"),
         ((*TRAIN, "--lr", "-1"), "--lr: expected a number > 0, got -1.0"),
         ((*TRAIN, "--epochs", "0"), "--epochs: expected an integer >= 1, got 0"),
         ((*TRAIN, "--hflip", "2"), "--hflip: expected a probability in [0, 1], got 2.0"),

@@ -64,9 +64,8 @@ def open_datasets(
     sets = [train_set]
     if config.validate_every:
         if config.val_data is None and Path(config.data).is_file() and not names_splits(config.data):
-            raise DatasetError(
-                f"{config.data}: a json file holds one split: name the validation set (--val-data), or train "
-                "without one (--no-val)"
+            raise SettingError(
+                "val_data", f"expected the validation set, as the json file {config.data} holds one split, or --no-val"
             )
         try:
             val_set = open_dataset(
