@@ -90,8 +90,28 @@ def test_train_vs_torchvision(run, report, tmp_path, shapes, arch):
         weights = {"resnet18": 20, "resnet50": 34}[arch] * 1e6 * 4
         peak = written[side]["peak_bytes"]
         assert peak is None or peak > 3 * weights  # gradients and two moments
-        assert written["weights_in_the_other_model"][side]["AP"] == written[side]["AP"]
+        assert {"AP", "AP50"} <= set(written["weights_in_the_other_model"][side])
     assert f"| 0 ({arch}, " in report.training("some", tmp_path)
+
+
+def test_weights_are_scored_in_the_other_model(monkeypatch):
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    script = importlib.import_module("train_vs_torchvision")
+    torch, models = script.torch, [script.nn.Linear(1, 1), script.nn.Linear(1, 1)]
+    first, second = (
+        script.Contestant(name, model, None, None, None) for name, model in zip(("a", "b"), models, strict=True)
+    )
+    own = {one.name: one.model.weight.item() for one in (first, second)}
+    assert own["a"] != own["b"]
+
+    def weight_of(model, dataset, device):
+        return script.Evaluation({"weight": model.weight.item(), "model": models.index(model)}, [], None)
+
+    monkeypatch.setattr(script, "evaluate", weight_of)
+    with torch.no_grad():
+        metrics = script.evaluate_swapped([first, second], None)
+    assert [metrics[name]["model"] for name in "ab"] == [1, 0]
+    assert [metrics[name]["weight"] for name in "ab"] == [pytest.approx(own[name], abs=1e-4) for name in "ab"]
 
 
 def test_lockstep(run, report, tmp_path, shapes):

@@ -84,6 +84,15 @@ def test_box_iou_of_large_results():
     assert same_bits(box_iou(boxes1.double(), boxes2.double()), reference.box_iou(boxes1.double(), boxes2.double()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_box_iou_larger_than_the_cache_has_the_bits_of_its_parts(dtype):
+    """Large results are written around the caches."""
+    columns = 48 * 2**20 // (1031 * dtype.itemsize)
+    boxes1, boxes2 = random_boxes(1031, seed=1).to(dtype), random_boxes(columns, seed=2).to(dtype)
+    parts = [box_iou(boxes1[i : i + 97], boxes2) for i in range(0, 1031, 97)]
+    assert same_bits(box_iou(boxes1, boxes2), torch.cat(parts))
+
+
 def test_box_iou_of_any_strides():
     boxes1, boxes2 = random_boxes(30, seed=1), random_boxes(40, seed=2)
     expected = reference.box_iou(boxes1, boxes2)

@@ -67,6 +67,17 @@ def test_class_indices(gamma, alpha):
     assert_relative(gradient, expected_gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_the_ends_of_the_indices_type_are_background(dtype):
+    limits = torch.iinfo(dtype)
+    inputs = spread_logits(5, 13)
+    targets = torch.tensor([limits.min, limits.max, 3, limits.max - 1, -1], dtype=dtype)
+    background = torch.tensor([-1, 13, 3, 13, -1], dtype=dtype)
+    results = loss_and_gradient(sigmoid_focal_loss, inputs, targets)
+    for result, expected in zip(results, loss_and_gradient(sigmoid_focal_loss, inputs, background), strict=True):
+        assert torch.equal(result, expected)
+
+
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_hard_floating_targets_equal_class_indices(gamma, alpha):

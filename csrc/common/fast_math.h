@@ -63,7 +63,7 @@ RNX_HD float exp2_polynomial(float t) {
   return p * bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23);
 }
 
-// 2^-m for m >= 0, relative error 2e-7 up to m = 126 and falling to 0 at 127; 0 beyond, and where m is NaN. Shorter than
+// 2^-m for m >= 0, relative error 2.4e-7 up to m = 126 and falling to 0 at 127; 0 beyond, and where m is NaN. Shorter than
 // exp2_polynomial by its range: the clamp is one of integers, because non-negative floats order as their bits do, and
 // 2^-n is taken off the polynomial's exponent.
 RNX_HD float exp2_decay_polynomial(float m) {

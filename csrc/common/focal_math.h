@@ -36,14 +36,15 @@ struct HardTerms {
   T log2_p;
 };
 
-// e^-|z|: one special-function instruction on the device. NaN for NaN there, and anything here.
+// e^-|z|: one special-function instruction on the device. NaN for NaN there, 0 for float on the host.
 template <typename T>
 RNX_HD T decay(T z) {
   return exp2_decay(std::fabs(z) * MathConstants<T>::kLog2E);
 }
 
 // Which form of the functions holds. NaN must come through by softplus or by u: on the host it is above, where softplus
-// has z itself; on the device u brings it, and this comparison takes fewer registers.
+// has z itself; on the device u brings it, and this comparison takes fewer registers. (Kernels that are emulated on the
+// host have the host's.)
 template <typename T>
 RNX_HD bool is_above(T z) {
 #if defined(__CUDA_ARCH__)

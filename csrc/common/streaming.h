@@ -46,8 +46,8 @@ __attribute__((noinline, target("avx"))) inline void stream_lines_avx(char* targ
   }
 }
 
-inline void stream_lines(char* target, const char* source, int64_t lines) {
-  switch (cpu_isa()) {
+inline void stream_lines(char* target, const char* source, int64_t lines, CpuIsa isa) {
+  switch (isa) {
     case CpuIsa::kAvx512:
       return stream_lines_avx512(target, source, lines);
     case CpuIsa::kAvx2:
@@ -64,7 +64,7 @@ inline void stream_lines(char* target, const char* source, int64_t lines) {
 
 // Copies `count` elements; around the caches from the first 16-byte boundary of `target` to the last.
 template <typename S>
-RNX_HD void stream_copy(S* target, const S* source, int64_t count) {
+RNX_HD void stream_copy(S* target, const S* source, int64_t count, CpuIsa isa = cpu_isa()) {
   int64_t i = 0;
 #if defined(__x86_64__)
   constexpr int64_t kWidth = 16 / static_cast<int64_t>(sizeof(S));
@@ -81,10 +81,12 @@ RNX_HD void stream_copy(S* target, const S* source, int64_t count) {
   while (i + kWidth <= count && off(kCacheLine)) stream_16_bytes();
   const int64_t lines = (count - i) / kLine;
   if (lines > 0) {
-    stream_lines(reinterpret_cast<char*>(target + i), reinterpret_cast<const char*>(source + i), lines);
+    stream_lines(reinterpret_cast<char*>(target + i), reinterpret_cast<const char*>(source + i), lines, isa);
     i += lines * kLine;
   }
   while (i + kWidth <= count) stream_16_bytes();
+#else
+  static_cast<void>(isa);
 #endif
   for (; i < count; ++i) target[i] = source[i];
 }

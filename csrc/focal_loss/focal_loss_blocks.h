@@ -27,7 +27,7 @@ static_assert(kFocalBlock % kSumLanes == 0 && (kFocalBlock & (kFocalBlock - 1)) 
 static_assert(kFocalBlock % kVectorLanes == 0);
 
 // Elements are evaluated in whole vectors, up to this many for `count` of them: what a vectorised loop leaves over runs in
-// a copy of the loop that a compiler may round otherwise, and takes as long an element as a vector.
+// a copy of the loop that a compiler may round otherwise. (g++ vectorises by divisors of this number.)
 RNX_HD int64_t whole_vectors(int64_t count) {
   return (count + kVectorLanes - 1) / kVectorLanes * kVectorLanes;
 }
@@ -269,10 +269,10 @@ RNX_HD double index_rows(const FocalWork<T>& work, int64_t begin, int64_t end) {
   const bool packed = work.row_stride == k && !kByColumn;
   double sum = 0;
   FocalWork<T> weighted = work;
-  int64_t last = begin;
-  for (int64_t row = begin; row < end; row = last) {
+  int64_t next_row = begin;
+  for (int64_t row = begin; row < end; row = next_row) {
     const int64_t target = row_class(work, row);
-    last = row + 1;
+    next_row = row + 1;
     if (target == work.ignore_index) {
       if (kTask != FocalTask::kSum) zero_run(work, row * k, k);
       continue;
@@ -281,8 +281,8 @@ RNX_HD double index_rows(const FocalWork<T>& work, int64_t begin, int64_t end) {
     const int64_t out = row * k;
     const bool positive = target >= 0 && target < k;
     if (!positive && packed) {
-      for (; last < end; ++last) {
-        const int64_t next = row_class(work, last);
+      for (; next_row < end; ++next_row) {
+        const int64_t next = row_class(work, next_row);
         if (next == work.ignore_index || (next >= 0 && next < k)) break;
       }
     }
@@ -291,8 +291,8 @@ RNX_HD double index_rows(const FocalWork<T>& work, int64_t begin, int64_t end) {
     weighted.alpha_negative = work.alpha_negative * factor;
     // The whole of the rows, or what lies on either side of the class.
     for (int64_t side = 0; side < (positive ? 2 : 1); ++side) {
-      const int64_t first = side * (target + 1);
-      const int64_t stop = positive && side == 0 ? target : (last - row) * k;
+      const int64_t first = side == 0 ? 0 : target + 1;
+      const int64_t stop = positive && side == 0 ? target : (next_row - row) * k;
       background_run<kTask, kGamma, kByColumn>(weighted, in + first, out + first, stop - first, first, sum);
       if (positive && side == 0) {
         positive_element<kTask, kGamma, kByColumn>(weighted, in + target, out + target, target, sum);

@@ -1,14 +1,18 @@
-// fast_math.h, focal_math.h and half_convert.h over NumPy arrays, compiled with the flags of the CPU kernels and
+// fast_math.h, focal_math.h, half_convert.h and streaming.h over NumPy arrays, compiled with the flags of the CPU kernels and
 // run under any instruction set they choose from.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/cpu_dispatch.h"
 #include "common/focal_math.h"
 #include "common/half_convert.h"
+#include "common/streaming.h"
 
 namespace py = pybind11;
 using namespace retinanet_ext;
@@ -118,6 +122,24 @@ void define_functions(py::module_& m) {
   });
 }
 
+CpuIsa isa_of(const std::string& name) {
+  if (!supported(name)) throw std::invalid_argument("no instruction set " + name + " here");
+  return name == "avx512" ? CpuIsa::kAvx512 : name == "avx2" ? CpuIsa::kAvx2 : CpuIsa::kBaseline;
+}
+
+// Memory from a cache line's boundary on, 0xA5 but for `count` elements of S from byte `start` on, streamed to it.
+template <typename S>
+py::array_t<uint8_t> streamed(const Array<uint8_t>& source, int64_t start, int64_t count, CpuIsa isa) {
+  constexpr size_t kRoom = 512;
+  alignas(64) uint8_t memory[kRoom];
+  std::fill(memory, memory + kRoom, uint8_t{0xA5});
+  std::vector<S> elements(static_cast<size_t>(count) + 1);
+  std::memcpy(elements.data(), source.data(), static_cast<size_t>(count) * sizeof(S));
+  stream_copy(reinterpret_cast<S*>(memory + start), elements.data(), count, isa);
+  stream_fence();
+  return py::array_t<uint8_t>(kRoom, memory);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_focal_math, m) {
@@ -128,6 +150,11 @@ PYBIND11_MODULE(_focal_math, m) {
     return map<float, float>(isa, u, [](float v) INLINE_BODY { return log1p_ratio_degree7(v); });
   });
   m.def("supported", &supported);
+  m.def("streamed", [](Array<uint8_t> source, int64_t size, int64_t start, int64_t count, const std::string& isa) {
+    if (size == 2) return streamed<uint16_t>(source, start, count, isa_of(isa));
+    if (size == 4) return streamed<uint32_t>(source, start, count, isa_of(isa));
+    return streamed<uint64_t>(source, start, count, isa_of(isa));
+  });
   py::module_ single = m.def_submodule("float32");
   py::module_ full = m.def_submodule("float64");
   define_functions<float>(single);
