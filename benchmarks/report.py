@@ -226,7 +226,17 @@ def training(what: str, folder: Path) -> str:
         "torchvision",
         *(["peak memory, MiB, ours", "torchvision"] if with_memory else []),
     ]
-    return table(header, rows)
+    return "\n\n".join([table(header, rows), *swapped_weights([run for _, run in runs], sides)])
+
+
+def swapped_weights(runs: list[dict[str, Any]], sides: Sequence[str]) -> list[str]:
+    """A sentence on what each side's weights score in the other side's model, of the runs that have tried it."""
+    swapped = [(run, run["weights_in_the_other_model"]) for run in runs if "weights_in_the_other_model" in run]
+    tried = [(run[side], others[side]) for run, others in swapped for side in sides]
+    if not tried:
+        return []
+    largest = max(abs(own[key] - other[key]) for own, other in tried for key in ("AP", "AP50"))
+    return [f"Each side's weights scored in the other side's model: AP and AP50 differ by {largest:.4f} at most."]
 
 
 def lockstep(what: str, folder: Path) -> str:

@@ -197,6 +197,17 @@ def test_what_a_training_run_holds(report, folder):
     assert "memory" not in report.training("old", folder)
 
 
+def test_what_the_weights_score_in_the_other_model(report, folder):
+    side = {"AP": 0.5, "AP50": 0.75, "seconds_per_step_median": 1.0}
+    run = {"recipe": {"seed": 0}, "retinanet_ext": side, "torchvision": {**side, "AP": 0.25}}
+    (folder / "old.json").write_text(json.dumps(run))
+    assert "other" not in report.training("old", folder)
+    run["weights_in_the_other_model"] = {"retinanet_ext": side, "torchvision": {"AP": 0.25, "AP50": 0.7483}}
+    (folder / "new.json").write_text(json.dumps(run))
+    *_, sentence = report.training("old, new", folder).splitlines()
+    assert sentence.endswith("in the other side's model: AP and AP50 differ by 0.0017 at most.")
+
+
 def test_the_operators_and_their_plain_pytorch(report, folder):
     seconds = {"operators": 0.001, "reference": 0.02}
     images = {
