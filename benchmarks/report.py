@@ -12,6 +12,7 @@ benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- lockstep FILE, FILE ... -->              a column a run of train_vs_torchvision.py --lockstep
+    <!-- gradients FILE -->                      train_vs_torchvision.py --same-weights
     <!-- reference FILE -->                       train_vs_reference.py
     <!-- profile FILE -->                         profile_step.py: the parts, by hooks
     <!-- operators FILE -->                       profile_step.py --profiler: shares by kind of operator
@@ -248,6 +249,17 @@ def lockstep(what: str, folder: Path) -> str:
     return table(["after step", *(f"{' and '.join(r['sides'])}, {r['precision']}" for r in reports)], rows)
 
 
+def gradients(what: str, folder: Path) -> str:
+    """How far losses and gradients of one batch are apart at the same weights: median and most over the steps."""
+    steps = read(what.strip(), folder)["at_the_same_weights"]
+    by_loss = [step["relative_difference_of_the_losses"] for step in steps]
+    differences = {f"`{name}`": [values[name] for values in by_loss] for name in by_loss[0]}
+    differences["gradient, of its norm"] = [step["difference_of_the_gradients_over_their_norm"] for step in steps]
+    differences["norm of the gradient"] = [abs(step["ratio_of_the_norms_less_one"]) for step in steps]
+    rows = [[name, f"{statistics.median(values):.1e}", f"{max(values):.1e}"] for name, values in differences.items()]
+    return table([f"relative difference, {len(steps)} steps", "median", "most"], rows)
+
+
 def reference(what: str, folder: Path) -> str:
     report = read(what.strip(), folder)
     steps, images = report["training"], report["prediction"]
@@ -352,6 +364,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "machine": machine,
     "training": training,
     "lockstep": lockstep,
+    "gradients": gradients,
     "reference": reference,
     "profile": profile,
     "operators": operators,

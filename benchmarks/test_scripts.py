@@ -121,6 +121,16 @@ def test_lockstep(run, report, tmp_path, shapes):
     assert "float64 |" in report.lockstep("some", tmp_path)
 
 
+def test_at_the_same_weights(run, report, tmp_path, shapes):
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    written = run("train_vs_torchvision", "--data", shapes, "--same-weights", "2", *SMALL)
+    assert [row["step"] for row in written["at_the_same_weights"]] == [1, 2]
+    for row in written["at_the_same_weights"]:
+        assert max(row["relative_difference_of_the_losses"].values()) < 1e-5
+        assert row["difference_of_the_gradients_over_their_norm"] < 1e-3
+    assert "| `classification` |" in report.gradients("some", tmp_path)
+
+
 def test_train_vs_reference(run, report, tmp_path, shapes):
     written = run("train_vs_reference", "--data", shapes, "--steps", "2", *SMALL)
     assert has_origin(written)

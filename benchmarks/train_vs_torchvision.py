@@ -18,7 +18,12 @@ same computation, which rounding hides in float32. And
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --lockstep 20 --twins
 
 trains torchvision's model twice, the second time from weights that differ from the first's in their last place alone:
-how far rounding drives two runs of one computation apart.
+how far rounding drives two runs of one computation apart. At last
+
+    python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --same-weights 51
+
+trains torchvision's model and before each step gives ours its weights: how far losses and gradients of one batch are
+apart at the same weights, however far two runs would be.
 """
 
 import argparse
@@ -27,6 +32,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +47,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from retinanet_ext.data import (
+    Batch,
     Compose,
     DetectionDataset,
     RandomHorizontalFlip,
@@ -218,6 +225,46 @@ def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: b
     }
 
 
+def gradients(model: nn.Module, batch: Batch) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The losses of a batch and the gradient of each parameter, in float64 and by name."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    losses = model(batch.images, [dict(target) for target in batch.targets])
+    sum(losses.values()).backward()
+    named = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+    return {name: loss.item() for name, loss in losses.items()}, named
+
+
+def compare_at_the_same_weights(contestants: list[Contestant], steps: int) -> dict[str, Any]:
+    """Trains the second; before each step, how far the first's losses and gradient of the batch are from its own."""
+    first, second = contestants
+    second.loader.set_epoch(0)
+    rows = []
+    for step, batch in zip(range(steps), second.loader, strict=False):
+        before = copy.deepcopy(second.model.state_dict())
+        first.model.load_state_dict(before)
+        (losses, own), (expected, other) = (gradients(side.model, batch) for side in contestants)
+        second.model.load_state_dict(before)  # the running statistics
+
+        def norm(values: Iterable[torch.Tensor]) -> float:
+            return sum(float(value.square().sum()) for value in values) ** 0.5
+
+        rows.append(
+            {
+                "step": step + 1,
+                "losses": expected,
+                "relative_difference_of_the_losses": {
+                    name: abs(losses[name] - value) / value for name, value in expected.items()
+                },
+                "difference_of_the_gradients_over_their_norm": norm(own[name] - other[name] for name in other)
+                / norm(other.values()),
+                "ratio_of_the_norms_less_one": norm(own.values()) / norm(other.values()) - 1,
+            }
+        )
+        list(train_steps(second.stepper, [batch], first_step=step))
+    return {"sides": [first.name, second.name], "at_the_same_weights": rows}
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a VOC folder, or a COCO set, with splits train and val")
@@ -238,6 +285,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true", help="channels_last weights for both")
     parser.add_argument("--lockstep", type=int, metavar="N", help="compare N steps instead, see above")
     parser.add_argument("--float64", action="store_true", help="with --lockstep: in float64")
+    parser.add_argument("--same-weights", type=int, metavar="N", help="compare N steps' gradients instead, see above")
     parser.add_argument("--twins", action="store_true", help="torchvision's against itself, see above")
     parser.add_argument("--output", type=Path, help="also write the json here")
     return parser.parse_args()
@@ -245,6 +293,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.lockstep and arguments.same_weights:
+        raise SystemExit("train_vs_torchvision.py: --lockstep and --same-weights are two comparisons: choose one")
     if arguments.float64 and not arguments.lockstep:
         raise SystemExit("train_vs_torchvision.py: --float64 belongs to --lockstep N")
     if arguments.threads:
@@ -258,8 +308,12 @@ def main() -> int:
     steps_per_epoch = max(1, len(train_set) // arguments.batch_size)
     total_steps = arguments.steps or steps_per_epoch * arguments.epochs
     contestants = make_contestants(arguments, train_set, total_steps, device)
-    if arguments.lockstep:
-        report = {**facts, **compare_in_lockstep(contestants, arguments.lockstep, arguments.float64)}
+    if arguments.lockstep or arguments.same_weights:
+        if arguments.lockstep:
+            compared = compare_in_lockstep(contestants, arguments.lockstep, arguments.float64)
+        else:
+            compared = compare_at_the_same_weights(contestants, arguments.same_weights)
+        report = {**facts, **compared}
         print(json.dumps(report, indent=1))
         if arguments.output is not None:
             write_results(arguments.output, report)
