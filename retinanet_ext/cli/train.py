@@ -43,7 +43,7 @@ def add_parser(commands) -> None:
         dest="validate_every",
         type=int,
         metavar="N",
-        help="validate every N epochs and after the last (default: 1; 0: never, as --no-val)",
+        help="validate every N epochs, 0: never, and after the last (default: 1)",
     )
     add_checks(data)
     model = command.add_argument_group("model")
