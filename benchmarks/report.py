@@ -227,7 +227,7 @@ def training(what: str, folder: Path) -> str:
         "torchvision",
         *(["peak memory, MiB, ours", "torchvision"] if with_memory else []),
     ]
-    return "\n\n".join([table(header, rows), *swapped_weights([run for _, run in runs], sides)])
+    return "\n".join([table(header, rows), *swapped_weights([run for _, run in runs], sides)])
 
 
 def swapped_weights(runs: list[dict[str, Any]], sides: Sequence[str]) -> list[str]:
@@ -237,7 +237,7 @@ def swapped_weights(runs: list[dict[str, Any]], sides: Sequence[str]) -> list[st
     if not tried:
         return []
     largest = max(abs(own[key] - other[key]) for own, other in tried for key in ("AP", "AP50"))
-    return [f"Each side's weights scored in the other side's model: AP and AP50 differ by {largest:.4f} at most."]
+    return [f"Each side's weights scored in the other side's model: AP and AP50 differ by {largest:.4f} at most.\n"]
 
 
 def lockstep(what: str, folder: Path) -> str:
