@@ -38,20 +38,50 @@ struct RowBlock {
   }
 };
 
+// Reading and writing are bodies of their own, out of line: compiled once for each pair of types, not in every task.
 template <typename S, typename T>
-RNX_HD void read_rows_as(const BoxRows& rows, int64_t offset, int64_t stride, int64_t first, int64_t count,
-                         RowBlock<T>& block) {
-  if (rows.whole && stride == 4) {  // side by side: vectorises
-    for (int64_t i = 0; i < count; ++i) block.set(first + i, load_box_as<T, S>(rows, offset + 4 * i));
-  } else {
-    for (int64_t i = 0; i < count; ++i) block.set(first + i, load_box_as<T, S>(rows, offset + i * stride));
+struct ReadBody {
+  const BoxRows& rows;
+  int64_t offset;
+  int64_t stride;
+  RowBlock<T>& block;
+  int64_t first;  // place in the block
+
+  RNX_HD void operator()(int64_t begin, int64_t end) const {
+    if (rows.whole && stride == 4) {  // side by side: vectorises
+      for (int64_t i = begin; i < end; ++i) block.set(first + i, load_box_as<T, S>(rows, offset + 4 * i));
+    } else {
+      for (int64_t i = begin; i < end; ++i) block.set(first + i, load_box_as<T, S>(rows, offset + i * stride));
+    }
   }
+};
+
+template <typename S, typename T>
+struct WriteBody {
+  const BoxResult& result;
+  int64_t row;
+  const RowBlock<T>& block;
+
+  RNX_HD void operator()(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) store_box_as<S>(result, row + i, block.get(i));
+  }
+};
+
+template <typename S, typename T>
+void read_rows_as(const BoxRows& rows, int64_t offset, int64_t stride, int64_t first, int64_t count,
+                  RowBlock<T>& block) {
+  run_on_best_isa(ReadBody<S, T>{rows, offset, stride, block, first}, 0, count);
+}
+
+template <typename S, typename T>
+void write_rows_as(const BoxResult& result, int64_t row, int64_t count, const RowBlock<T>& block) {
+  run_on_best_isa(WriteBody<S, T>{result, row, block}, 0, count);
 }
 
 // `count` rows, `stride` elements apart, to the places from `first` on.
 template <typename T>
-RNX_HD void read_rows(const BoxRows& rows, int64_t offset, int64_t stride, int64_t first, int64_t count,
-                      RowBlock<T>& block) {
+void read_rows(const BoxRows& rows, int64_t offset, int64_t stride, int64_t first, int64_t count,
+               RowBlock<T>& block) {
   switch (rows.type) {
     case BoxType::kFloat64:
       return read_rows_as<double>(rows, offset, stride, first, count, block);
@@ -64,13 +94,8 @@ RNX_HD void read_rows(const BoxRows& rows, int64_t offset, int64_t stride, int64
   }
 }
 
-template <typename S, typename T>
-RNX_HD void write_rows_as(const BoxResult& result, int64_t row, int64_t count, const RowBlock<T>& block) {
-  for (int64_t i = 0; i < count; ++i) store_box_as<S>(result, row + i, block.get(i));
-}
-
 template <typename T>
-RNX_HD void write_rows(const BoxResult& result, int64_t row, int64_t count, const RowBlock<T>& block) {
+void write_rows(const BoxResult& result, int64_t row, int64_t count, const RowBlock<T>& block) {
   switch (result.type) {
     case BoxType::kFloat64:
       return write_rows_as<double>(result, row, count, block);
@@ -92,7 +117,6 @@ struct CoderBody {
   // What is read by rows: values, anchors and, for gradients, the upstream gradient.
   static constexpr int kSources = is_gradient(kTask) ? 3 : 2;
 
-  // Reading and writing have one call each in a loop over the tensors, because every call is compiled apart.
   RNX_HD void read_blocks(int64_t row, int64_t count, RowBlock<T>* blocks) const {
     const BroadcastDims& dims = args.dims;
     const int last = dims.count - 1;

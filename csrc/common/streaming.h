@@ -62,9 +62,10 @@ inline void stream_lines(char* target, const char* source, int64_t lines, CpuIsa
 }
 #endif
 
-// Copies `count` elements; around the caches from the first 16-byte boundary of `target` to the last.
+// Copies `count` elements; around the caches from the first 16-byte boundary of `target` to the last. Out of line: it
+// chooses its instructions itself, and kernels that call it are compiled for each instruction set.
 template <typename S>
-RNX_HD void stream_copy(S* target, const S* source, int64_t count, CpuIsa isa = cpu_isa()) {
+__attribute__((noinline)) void stream_copy(S* target, const S* source, int64_t count, CpuIsa isa = cpu_isa()) {
   int64_t i = 0;
 #if defined(__x86_64__)
   constexpr int64_t kWidth = 16 / static_cast<int64_t>(sizeof(S));

@@ -12,7 +12,7 @@
 #include "common/cpu_dispatch.h"
 #include "common/dispatch.h"
 #include "common/focal_math.h"
-#include "common/half_convert.h"
+#include "common/half_runs.h"
 #include "common/huge_pages.h"
 #include "common/streaming.h"
 #include "focal_loss/focal_task.h"
@@ -70,13 +70,11 @@ template <typename T>
 RNX_HD const T* read_block(const void* base, ScalarType type, int64_t offset, int64_t count, T* buffer) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (type == ScalarType::Half) {
-      const Float16* source = static_cast<const Float16*>(base) + offset;
-      for (int64_t i = 0; i < count; ++i) buffer[i] = to_float(source[i]);
+      widen(static_cast<const Float16*>(base) + offset, count, buffer);
       return buffer;
     }
     if (type == ScalarType::BFloat16) {
-      const BFloat16* source = static_cast<const BFloat16*>(base) + offset;
-      for (int64_t i = 0; i < count; ++i) buffer[i] = to_float(source[i]);
+      widen(static_cast<const BFloat16*>(base) + offset, count, buffer);
       return buffer;
     }
   }
@@ -103,30 +101,21 @@ T read_scalar(const torch::stable::Tensor& tensor) {
   return *read_block(tensor.const_data_ptr(), tensor.scalar_type(), 0, 1, buffer);
 }
 
-// `streams`: around the caches.
-template <typename S, typename T, typename F>
-RNX_HD void write_as(void* base, int64_t offset, int64_t count, const T* values, bool streams, const F& convert) {
-  S* target = static_cast<S*>(base) + offset;
-  if (!streams) {
-    for (int64_t i = 0; i < count; ++i) target[i] = convert(values[i]);
-    return;
-  }
-  S buffer[kFocalBlock];
-  for (int64_t i = 0; i < count; ++i) buffer[i] = convert(values[i]);
+template <typename Half>
+RNX_HD void write_halves(void* base, int64_t offset, int64_t count, const float* values, bool streams) {
+  Half* target = static_cast<Half*>(base) + offset;
+  if (!streams) return narrow(values, count, target);
+  Half buffer[kFocalBlock];
+  narrow(values, count, buffer);
   stream_copy(target, buffer, count);
 }
 
+// `streams`: around the caches.
 template <typename T>
 RNX_HD void write_block(void* base, ScalarType type, int64_t offset, int64_t count, const T* values, bool streams) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (type == ScalarType::Half) {
-      return write_as<Float16>(base, offset, count, values, streams,
-                               [](T value) __attribute__((always_inline)) { return to_float16(value); });
-    }
-    if (type == ScalarType::BFloat16) {
-      return write_as<BFloat16>(base, offset, count, values, streams,
-                                [](T value) __attribute__((always_inline)) { return to_bfloat16(value); });
-    }
+    if (type == ScalarType::Half) return write_halves<Float16>(base, offset, count, values, streams);
+    if (type == ScalarType::BFloat16) return write_halves<BFloat16>(base, offset, count, values, streams);
   }
   T* target = static_cast<T*>(base) + offset;
   if (streams) return stream_copy(target, values, count);

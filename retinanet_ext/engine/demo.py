@@ -61,7 +61,7 @@ def run_demo(
     run_dir: str | Path,
     *,
     epochs: int = 3,
-    train_images: int = 800,
+    train_images: int = 640,
     val_images: int = 100,
     device: str = "auto",
     seed: int = 0,
