@@ -94,7 +94,7 @@ def test_what_is_out_of_memory():
         assert not out_of_memory(error)
 
 
-PLANTED = """
+OUT_OF_MEMORY = """
 import pytest, torch
 from bench_scaling import Curve, ended, measure
 
@@ -126,22 +126,54 @@ def test_growth(compare, device, ended, where, x):
 """
 
 
-def test_a_peer_out_of_memory_ends_its_line_and_the_page_says_where(tmp_path, monkeypatch):
-    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark, which times the cases, is not installed")
-    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
-    (tmp_path / "test_planted.py").write_text(PLANTED)
-    results = tmp_path / "planted.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--rootdir", tmp_path]
+def measured(folder, planted):
+    """The results of a benchmark planted in a folder, run there on the CPU."""
+    (folder / "test_planted.py").write_text(planted)
+    results = folder / "planted.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", "--rootdir", folder]
     command += ["test_planted.py", "--benchmark", "--quick", "--device", "cpu", "--results", results]
     path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    points = json.loads(results.read_text())["results"]
+    return json.loads(results.read_text())["results"]
+
+
+def test_a_peer_out_of_memory_ends_its_line_and_the_page_says_where(tmp_path, monkeypatch):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark, which times the cases, is not installed")
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    points = measured(tmp_path, OUT_OF_MEMORY)
     assert [list(point["peers"]) for point in points] == [["torchvision"], [], []] * 2
     reason = "out of memory at boxes N = 100"
     assert [point["skipped"] for point in points] == [{}, *[{"torchvision": reason}] * 2] * 2
     monkeypatch.syspath_prepend(ROOT)
     text = importlib.import_module("benchmarks.report").scaling("planted", tmp_path)
     assert text.count(f"- torchvision: {reason}\n") == 2
+
+
+TURNS = """
+import time
+
+def agree(mine, other):
+    assert mine == other == 1
+
+def test_turns(compare, request):
+    calls = []
+
+    def call(side, seconds):
+        calls.append(side)
+        time.sleep(seconds)
+        return 1
+
+    peers = {"short": lambda: call("s", 0), "long": lambda: call("l", 0.26)}
+    compare("turns", lambda: call("o", 0), peers, agree, elements=1, bytes=4)
+    open("calls", "w").write("".join(calls))
+"""
+
+
+def test_a_short_call_follows_one_of_its_own_side(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark, which times the cases, is not installed")
+    measured(tmp_path, TURNS)
+    # Seven rounds, after two for warming up.
+    assert "sslo" + 8 * "osslo" + "o" in (tmp_path / "calls").read_text()
