@@ -9,6 +9,7 @@ benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
     <!-- cases FILE: PATTERN, PATTERN ... -->     a row a case: ours, each peer with its factor; who is absent and why
     <!-- memory FILE: PATTERN, PATTERN ... -->    a row a case: the most that a call of each side holds at a time
     <!-- images FILE: PATTERN, PATTERN ... -->    a row a case of bench_loading.py: images a second
+    <!-- runs FILE, FILE ...: CASE -->            a row a run: one case in each of them, and what the machine copied
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- lockstep FILE, FILE ... -->              a column a run of train_vs_torchvision.py --lockstep
@@ -171,6 +172,35 @@ def images(what: str, folder: Path) -> str:
         for result in listed(what, folder)
     ]
     return table(["", "images a second"], rows)
+
+
+def runs(what: str, folder: Path) -> str:
+    names, _, case = what.partition(":")
+    rows = []
+    for name in (name.strip() for name in names.split(",")):
+        report = read(name, folder)
+        found = [result for result in report["results"] if labelled(result["case"]) == labelled(case.strip())]
+        if len(found) != 1:
+            raise ReportError(f"{name}: {len(found)} cases are called {case.strip()!r}")
+        rows.append((name, report["machine"]["processor"], found[0]))
+    peers = list(dict.fromkeys(peer for *_, result in rows for peer in result["peers"]))
+    lines = []
+    for name, processor, result in rows:
+        own = result["ours"]["median"]
+        others = [result["peers"].get(peer) for peer in peers]
+        lines.append(
+            [
+                f"[{name}](../benchmarks/results/{name}.json)",
+                processor,
+                f"{result['copy_gb_per_s']:.0f}",
+                number(own),
+                *(
+                    "" if other is None else f"{number(other['median'])} ({number(other['median'] / own)}×)"
+                    for other in others
+                ),
+            ]
+        )
+    return table(["run", "processor", "copy, GB/s", "ours, milliseconds", *peers], lines)
 
 
 def machine(what: str, folder: Path) -> str:
@@ -362,6 +392,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "memory": memory,
     "images": images,
     "machine": machine,
+    "runs": runs,
     "training": training,
     "lockstep": lockstep,
     "gradients": gradients,

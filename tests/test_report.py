@@ -160,6 +160,22 @@ def test_the_machine_and_the_day_stand_with_the_figures(report, folder):
     )
 
 
+def test_one_case_in_several_runs(report, folder):
+    content = json.loads((folder / "some-cpu.json").read_text())
+    for result in content["results"]:
+        result["copy_gb_per_s"] = 12.3
+    (folder / "before.json").write_text(json.dumps(content))
+    content["results"][0]["ours"]["median"] = 1.0
+    content["results"][0]["peers"].pop("compiled")
+    (folder / "after.json").write_text(json.dumps(content))
+    header, _, before, after = report.runs("before, after: nms 1000", folder).splitlines()
+    assert header == "| run | processor | copy, GB/s | ours, milliseconds | torchvision | compiled |"
+    assert before == ("| [before](../benchmarks/results/before.json) | A processor | 12 | 0.5 | 2 (4×) | 0.25 (0.5×) |")
+    assert after.endswith(" | 12 | 1 | 2 (2×) |  |")
+    with pytest.raises(report.ReportError, match="before: 0 cases are called 'nms'"):
+        report.runs("before: nms", folder)
+
+
 def test_images_a_second(report, folder):
     content = json.loads((folder / "some-cpu.json").read_text())
     content["results"] = [{**content["results"][0], "case": "loader, 2 workers", "details": {"images": 32}}]

@@ -38,7 +38,8 @@ struct RowBlock {
   }
 };
 
-// Reading and writing are bodies of their own, out of line: compiled once for each pair of types, not in every task.
+// Reading and writing are bodies of their own, out of line: compiled once for each pair of types and
+// instruction set, not in every task.
 template <typename S, typename T>
 struct ReadBody {
   const BoxRows& rows;

@@ -1,7 +1,8 @@
 // One CPU kernel body, compiled for several instruction sets, chosen when the program runs.
 //
-// A body is a callable whose operator() and everything it calls are always_inline (RNX_HD): it is then compiled anew
-// inside each of the functions below, under that function's instruction set. The wheel needs no -march and travels.
+// A body is a callable whose operator() and what it calls for every element are always_inline (RNX_HD): it is then compiled
+// anew inside each of the functions below, under that function's instruction set. The wheel needs no -march and travels.
+// A body may run another one for a block of elements: that is a call, and compiled once, not in every body.
 #pragma once
 
 #include <cstdint>

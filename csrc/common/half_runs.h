@@ -1,5 +1,6 @@
 // Runs of half-precision elements to and from float on the CPU, out of line: compiled once for each instruction set, not
-// inside each of the many kernels that read and write them, where they were most of what there was to compile.
+// inside each of the many kernels that read and write them, where they were most of what there was to compile. Sources that
+// differ in whether they may contract products share these functions, which have none.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,8 @@
 // common/focal_math.h).
 //
 // A run is processed in blocks that stay in the first-level cache: converted to float where stored as halves, evaluated
-// by a loop that vectorises, written or summed. Everything here is compiled anew for each instruction set.
+// by a loop that vectorises, written or summed. Everything here is compiled anew for each task and
+// instruction set, but for the conversion of halves (common/half_runs.h) and streamed stores.
 #pragma once
 
 #include <algorithm>
