@@ -112,6 +112,13 @@ def listed(what: str, folder: Path) -> list[dict[str, Any]]:
     return chosen(read(name.strip(), folder), wanted, name)
 
 
+def with_factor(value: float | None, own: float) -> str:
+    """A peer's figure and how many times ours it is, which of what was too little to be counted would say nothing."""
+    if value is None:
+        return ""
+    return number(value) + (f" ({number(value / own)}×)" if own else "")
+
+
 def beside_ours(results: Sequence[dict[str, Any]], unit: str, figures: Callable[[dict[str, Any]], dict]) -> str:
     """A row a case: `figures` of ours, and of each peer with its factor."""
     peers = list(dict.fromkeys(peer for result in results for peer in result["peers"]))
@@ -120,11 +127,7 @@ def beside_ours(results: Sequence[dict[str, Any]], unit: str, figures: Callable[
         sides = figures(result)
         own = sides["ours"]
         cells = [number(own)]
-        for peer in peers:
-            value = sides.get(peer)
-            # A factor of what was too little to be counted would say nothing.
-            factor = f" ({number(value / own)}×)" if value is not None and own else ""
-            cells.append("" if value is None else number(value) + factor)
+        cells += [with_factor(sides.get(peer), own) for peer in peers]
         rows.append([labelled(result["case"]), *cells])
     return table([f"case, {unit}", "ours", *peers], rows)
 
@@ -187,17 +190,14 @@ def runs(what: str, folder: Path) -> str:
     lines = []
     for name, processor, result in rows:
         own = result["ours"]["median"]
-        others = [result["peers"].get(peer) for peer in peers]
+        others = [result["peers"].get(peer, {}).get("median") for peer in peers]
         lines.append(
             [
                 f"[{name}](../benchmarks/results/{name}.json)",
                 processor,
                 f"{result['copy_gb_per_s']:.0f}",
                 number(own),
-                *(
-                    "" if other is None else f"{number(other['median'])} ({number(other['median'] / own)}×)"
-                    for other in others
-                ),
+                *(with_factor(other, own) for other in others),
             ]
         )
     return table(["run", "processor", "copy, GB/s", "ours, milliseconds", *peers], lines)
