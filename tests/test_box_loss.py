@@ -130,6 +130,56 @@ def test_float32_is_as_near_to_float64_as_torchvision(loss, beta):
     assert abs(found - exact) <= 2 * abs(torchvisions(torch.float32) - exact) + 4 * 2**-23 * abs(exact)
 
 
+GROWTH = [math.log(1000 / 16), 4.0, 4.13, 4.14, 5.0, 50.0, 1e4, -3.0]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)])
+def test_giou_of_sizes_at_and_beyond_the_limit_of_the_exponent(weights):
+    """The loss stays that of 1000 / 16 of the anchor's size, and a size beyond the limit has no gradient."""
+    levels, anchors, gt_boxes, matched = make_case(torch.float64)
+    anchors, gt_boxes = anchors.double(), [boxes.double() for boxes in gt_boxes]
+    generator = torch.Generator().manual_seed(1)
+    growth = torch.tensor(GROWTH, dtype=torch.float64)
+    for level in levels:
+        for channel in (2, 3):
+            sizes = level[:, channel::4]
+            sizes.copy_(growth[torch.randint(len(growth), sizes.shape, generator=generator)] * weights[channel])
+    arguments = (anchors, gt_boxes, matched, "giou", 1.0, weights)
+    found, gradients = loss_and_gradients(box_regression_loss, levels, *arguments)
+    expected = loop_loss(levels, anchors, gt_boxes, matched, "giou", 1.0, weights, [1.0] * 3)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    _, truth = loss_and_gradients(reference.box_regression_loss, levels, *arguments)
+    for level, gradient, right in zip(levels, gradients, truth, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-9, atol=1e-12)
+        for channel in (2, 3):
+            beyond = level[:, channel::4] > 4.136 * weights[channel]
+            assert (gradient[:, channel::4][beyond] == 0).all()
+    narrow = [level.float() for level in levels]
+    loss, narrow_gradients = loss_and_gradients(box_regression_loss, narrow, *arguments)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert all(torch.equal(one == 0, two == 0) for one, two in zip(narrow_gradients, gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("loss", "beta"), [("l1", 1.0), ("smooth_l1", 0.5)])
+def test_kinks_are_pytorchs(loss, beta, dtype):
+    """Anchors that are their boxes have targets of exactly 0, and a delta is its own distance."""
+    anchors = torch.tensor([[0, 0, 8, 8], [8, 8, 24, 40]], dtype=dtype)
+    deltas = torch.tensor([0.0, -0.0, beta, -beta, beta / 2, -2 * beta, 1.0, -1.0], dtype=dtype).view(1, 2, 4)
+    matched = torch.tensor([[0, 1]])
+    found, (gradient,) = loss_and_gradients(box_regression_loss, [deltas], anchors, [anchors], matched, loss, beta)
+    leaf = deltas.clone().requires_grad_()
+    zeros = torch.zeros_like(leaf)
+    functional = torch.nn.functional
+    if loss == "l1":
+        expected = functional.l1_loss(leaf, zeros, reduction="sum")
+    else:
+        expected = functional.smooth_l1_loss(leaf, zeros, beta=beta, reduction="sum")
+    expected.backward()
+    assert torch.equal(found, expected.detach())
+    assert torch.equal(gradient, leaf.grad)
+
+
 def as_channels_last(level):
     return level.contiguous(memory_format=torch.channels_last)
 

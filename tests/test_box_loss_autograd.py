@@ -69,6 +69,62 @@ def test_the_raw_operator_has_the_wrappers_gradient():
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(raw, leaves), expected, strict=True))
 
 
+N = A * sum(height * width for height, width in SIZES)
+ZEROS = torch.zeros
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({0: []}, "deltas must hold at least one level"),
+        (
+            {0: [ZEROS(2, 8, 3, 4), ZEROS(2, 8, 2, 2).half()]},
+            "deltas must share one floating dtype; there are float32 and",
+        ),
+        (
+            {0: [ZEROS(2, 7, 3, 4), ZEROS(2, 8, 2, 2)]},
+            r"each level of deltas must be .* and one has shape \[2, 7, 3, 4\]",
+        ),
+        (
+            {0: [ZEROS(2, 8, 3, 4), ZEROS(1, 8, 2, 2)]},
+            r"deltas and matched must have one batch size; .* \[1, 8, 2, 2\]",
+        ),
+        ({0: [ZEROS(2, 8, 3, 4)]}, f"matched names {N} anchors an image, and deltas hold 24"),
+        ({1: ZEROS(N, 5)}, rf"anchors must be floating, of shape \[n, 4\], and are float32 of shape \[{N}, 5\]"),
+        ({1: ZEROS(N, 4).long()}, r"anchors must be floating, of shape \[n, 4\], and are int64"),
+        ({1: ZEROS(N - 1, 4)}, r"anchors must be \[N, 4\] or \[B, N, 4\] with matched of .*, and are"),
+        ({1: ZEROS(3, N, 4)}, rf"anchors must be .*, and are \[3, {N}, 4\]"),
+        ({2: [ZEROS(3, 4)]}, "gt_boxes must be those of 2 images, and are 1"),
+        ({2: [ZEROS(3, 4), ZEROS(3)]}, r"gt_boxes must be floating, of shape \[n, 4\]"),
+        ({3: ZEROS(3, dtype=torch.int32)}, "gt_boxes must be one tensor where there are gt_offsets, and are 2"),
+        ({2: [ZEROS(6, 4)], 3: ZEROS(2, dtype=torch.int32)}, r"gt_offsets must be int32 of shape \[3\]"),
+        ({2: [ZEROS(6, 4)], 3: ZEROS(3, dtype=torch.int64)}, r"gt_offsets must be int32 of shape \[3\]"),
+        ({4: ZEROS(2, N)}, r"matched must be int64 or int32 of shape \[B, N\], and is float32"),
+        ({4: ZEROS(N).long()}, r"matched must be int64 or int32 of shape \[B, N\], and is int64 of shape"),
+        ({5: torch.ones(3)}, r"normalizer must be a scalar or have shape \[2\], and has shape \[3\]"),
+        ({5: torch.ones(2).double()}, "normalizer must be float32 on the device of deltas"),
+        ({6: 3}, r"loss must be 0 \(l1\), 1 \(smooth_l1\) or 2 \(giou\), and is 3"),
+        ({7: -1.0}, "beta must be at least 0, and is -1"),
+        ({7: float("nan")}, "beta must be at least 0, and is nan"),
+        ({9: 0.0}, "weights must be positive"),
+    ],
+)
+def test_raw_errors(change, text):
+    arguments = list(raw_arguments(*make_case()))
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match="^box_regression_loss: " + text):
+        OPS.box_regression_loss(*arguments)
+    with pytest.raises(RuntimeError, match="^box_regression_loss: " + text):
+        OPS.box_regression_loss_backward(torch.ones(()), *arguments)
+
+
+@pytest.mark.parametrize("grad", [torch.ones(1), torch.ones((), dtype=torch.float64)], ids=["a vector", "float64"])
+def test_the_raw_backward_refuses_another_gradient(grad):
+    with pytest.raises(RuntimeError, match="box_regression_loss_backward: grad must be a float32 scalar"):
+        OPS.box_regression_loss_backward(grad, *raw_arguments(*make_case()))
+
+
 @pytest.mark.parametrize("name", ["anchors", "gt_boxes", "normalizer"])
 def test_the_raw_operator_names_what_has_no_gradient(name):
     levels, anchors, gt_boxes, matched = make_case()
@@ -203,6 +259,24 @@ def test_compile_with_any_number_of_boxes():
         assert torch.equal(
             compiled(levels, anchors, boxes, matched), box_regression_loss(levels, anchors, boxes, matched)
         )
+
+
+def test_exports_with_any_batch():
+    class Loss(torch.nn.Module):
+        def forward(self, levels, anchors, boxes, offsets, matched):
+            return box_regression_loss(levels, anchors, boxes, matched, "giou", gt_offsets=offsets)
+
+    def batch_of(count):
+        levels, anchors, gt_boxes, matched = make_case(batch=count)
+        boxes, offsets = packed(gt_boxes)
+        return levels, anchors, torch.cat([boxes, boxes.new_zeros(40 - len(boxes), 4)]), offsets, matched
+
+    batch = torch.export.Dim("batch", min=2, max=16)
+    shapes = ([{0: batch}, {0: batch}], {}, {}, {0: batch + 1}, {0: batch})
+    program = torch.export.export(Loss(), batch_of(3), dynamic_shapes=shapes).module()
+    for count in (2, 5):
+        arguments = batch_of(count)
+        assert torch.equal(program(*arguments), Loss()(*arguments))
 
 
 def test_fake_tensors_have_the_shapes_and_layouts():

@@ -135,6 +135,16 @@ def test_anchors_a_cell(anchors, dtype):
     check(make_case("mixed", dtype, 2, ((5, 7), (4, 8), (1, 3)), anchors))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=by_name)
+def test_giou_of_sizes_beyond_the_limit_of_the_exponent(dtype):
+    case = make_case(dtype=dtype)
+    growth = torch.tensor([4.0, 4.125, 4.25, 5.0, 50.0, 1e4, -3.0])
+    for level in case[0]:
+        for channel in (2, 3):
+            level[:, channel::4] = growth[torch.randint(len(growth), level[:, channel::4].shape)].to(dtype)
+    check(case, loss="giou")
+
+
 def test_matches_of_64_bits_packed_boxes_and_anchors_of_each_image():
     levels, anchors, gt_boxes, matched = make_case("mixed")
     expected = check((levels, anchors, gt_boxes, matched))

@@ -202,6 +202,17 @@ def test_every_layout_dtype_and_loss(emulator, loss, layout, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_giou_of_sizes_at_and_beyond_the_limit_of_the_exponent(emulator, dtype):
+    case = make_case("mixed", dtype, loss="giou")
+    growth = torch.tensor([math.log(1000 / 16), 4.0, 4.13, 4.14, 5.0, 50.0, 1e4, -3.0], dtype=torch.float64)
+    for level in case.levels:
+        for channel in (2, 3):
+            sizes = level[..., channel] if level.dim() == 3 else level[:, channel::4]
+            sizes.copy_(growth[torch.randint(len(growth), sizes.shape)])
+    assert_right(emulator, case)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_against_the_reference(emulator, loss):
     """Independently of the CPU operator: in float64 to its rounding."""

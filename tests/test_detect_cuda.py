@@ -72,6 +72,17 @@ def test_types_and_layouts(dtype, layout):
     check(logits, [level.float() for level in deltas], torch.stack((anchors, anchors + 3)), sizes)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_at_and_beyond_the_limit_of_the_exponent(dtype):
+    logits, deltas, anchors, _ = make_case(dtype)
+    anchors = 250 + (anchors - anchors[:, :2].repeat(1, 2)) / 100
+    growth = torch.tensor([4.135166556742356, 4.0, 4.14, 5.0, 50.0, 1e4, float("inf")])  # the first is the limit
+    for level in deltas:
+        for channel in (2, 3):
+            level[:, channel::4] = growth[torch.randint(len(growth), level[:, channel::4].shape)].to(dtype)
+    check(logits, deltas, anchors, [(512.0, 512.0)] * 2, nms_thresh=0.9)
+
+
 @pytest.mark.parametrize("view", ["columns", "every second image", "odd offset"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_views(view, dtype):

@@ -97,6 +97,32 @@ def check(emulator, logits, deltas, anchors, sizes=SIZES, layout="planes", sched
     return expected
 
 
+GROWTH = torch.tensor([4.135166556742356, 4.0, 4.13, 4.14, 5.0, 50.0, 1e4, float("inf")])  # the first is the limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_at_and_beyond_the_limit_of_the_exponent(emulator, dtype):
+    """Of small anchors within the image, so that its sides hold nothing."""
+    logits, deltas, anchors = make_case(dtype)
+    anchors = 250 + (anchors - anchors[:, :2].repeat(1, 2)) / 10
+    for level in deltas:
+        for channel in (2, 3):
+            sizes = level[:, channel::4]
+            sizes.copy_(GROWTH[torch.randint(len(GROWTH), sizes.shape)])
+    check(emulator, logits, deltas, anchors, sizes=[(512.0, 512.0)] * 2, nms_thresh=0.9)
+
+
+@pytest.mark.parametrize("clip_before_nms", [True, False])
+def test_deltas_and_anchors_that_are_no_numbers(emulator, clip_before_nms):
+    logits, deltas, anchors = make_case()
+    odd = torch.tensor([float("nan"), float("inf"), float("-inf"), 1e30, -1e30])
+    for level in deltas:
+        places = torch.rand(level.shape) < 0.1
+        level[places] = odd[torch.randint(len(odd), (int(places.sum()),))]
+    anchors[::50, 0], anchors[7::50, 2], anchors[9::50] = odd[0], odd[1], odd[2]
+    check(emulator, logits, deltas, anchors, clip_before_nms=clip_before_nms, max_detections=500)
+
+
 @pytest.mark.parametrize("layout", ["planes", "rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_types_and_layouts(emulator, dtype, layout):

@@ -84,6 +84,16 @@ def test_compiles_as_one_graph(loss, packed):
             torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-9)
 
 
+def test_compiles_with_inductor():
+    """Generated code around the operators: values and gradients."""
+    compiled = torch.compile(detection_loss, fullgraph=True)
+    logits, deltas, anchors, boxes, labels = make_case()
+    arguments = (logits, deltas, anchors, *pack(boxes, labels, 8))
+    expected = value_and_gradients(detection_loss, *arguments, loss="giou")
+    for mine, right in zip(value_and_gradients(compiled, *arguments, loss="giou"), expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.cuda
 @pytest.mark.sync
 @pytest.mark.parametrize("packed", [False, True])

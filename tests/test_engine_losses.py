@@ -5,7 +5,9 @@ import contextlib
 import pytest
 import torch
 from small_retinanet import small_model
+from tiny_retinanet import tiny_retinanet
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
@@ -15,6 +17,7 @@ from retinanet_ext.engine.losses import LEAST_CAPACITY, make_losses  # noqa: E40
 from retinanet_ext.engine.schedule import make_optimizer, make_scheduler  # noqa: E402
 from retinanet_ext.engine.settings import SettingError  # noqa: E402
 from retinanet_ext.engine.stepper import Stepper  # noqa: E402
+from retinanet_ext.models import AnchorGenerator  # noqa: E402
 
 CPU = torch.device("cpu")
 # What waits for a device, or copies from memory that is not pinned: reading a number, sizing a result by its values,
@@ -131,6 +134,29 @@ def test_a_compiled_step_is_one_graph_and_takes_the_step(monkeypatch):
         torch.testing.assert_close(compiled_weights[name], value, rtol=1e-3, atol=1e-5)
 
 
+def test_three_graphs_take_images_of_any_size(monkeypatch):
+    """Of the first size, of any width, of any width and height. (A level of a single cell would have its own.)"""
+    model = tiny_retinanet().train()
+    model.transform.min_size, model.transform.max_size = (64,), 512
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **options: compile_module(module, backend="aot_eager", **options)
+    )
+    optimizer = make_optimizer(model, "sgd", 0.0)
+    torch.compiler.reset()
+    stepper = Stepper(model, optimizer, make_scheduler(optimizer, 100, 0, "cosine"), CPU, compiled=True)
+    shapes = set()
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for size in [(64, 64), (64, 96), (128, 64), (64, 192), (160, 64), (64, 224)]:
+            batch = make_batch((3, 1), size=size)
+            prepared = make_losses(model).prepare(batch, CPU)
+            shapes.add(prepared[0].shape)
+            expected = make_losses(model)(*prepared)
+            values = stepper.take([batch]).values
+            assert values[0].item() == pytest.approx(expected["classification"].item(), rel=1e-4)
+    assert len(shapes) == 6
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_step_never_makes_the_host_wait(optimizer):
     """From the batch on the device to the updated weights."""
@@ -156,6 +182,31 @@ def test_resizing_never_makes_the_host_wait():
     with Calls() as calls:
         transform([torch.rand(3, 40, 56), torch.rand(3, 30, 30)])
     assert calls.waiting == []
+
+
+def test_anchors_of_a_new_size_take_nothing_from_the_host():
+    """A copy from memory that is not pinned waits for the device: the first call's alone, of the anchors of a cell."""
+
+    class FromTheHost(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+            result = function(*args, **(kwargs or {}))
+            if result.device.type == "meta" and any(tensor.device.type == "cpu" for tensor in tensors):
+                self.found.append(function)
+            return result
+
+    generator = AnchorGenerator()
+    grids = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+    with FromTheHost() as first:
+        generator((64, 96), grids, "meta")  # in the place of a GPU
+    assert first.found
+    with FromTheHost() as again:
+        assert generator((96, 64), [grid[::-1] for grid in grids], "meta").is_meta
+    assert again.found == []
 
 
 def set_where(x, mask, values):
@@ -215,6 +266,7 @@ def test_a_step_never_makes_the_host_wait_on_a_gpu():
     batch = batch._replace(images=[image.pin_memory() for image in batch.images])
     for _ in range(3):
         stepper.take([batch])
+    model.anchor_generator._cache.clear()  # as of images of a size that was not there before
     with host_must_not_wait():
         taken = stepper.take([batch])
     assert taken.values.isfinite().all()

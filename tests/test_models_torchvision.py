@@ -14,6 +14,7 @@ from retinanet_ext.models.transform import ImageTransform, resize_boxes
 pytest.importorskip("torchvision", reason="compares with torchvision")
 
 from torchvision.models import detection as tv_detection
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchors
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
@@ -146,6 +147,17 @@ def test_head_outputs_are_the_same_bits(depth, norm):
         for expected, found in zip(outputs(theirs, IMAGES[:2]), outputs(ours, IMAGES[:2]), strict=True):
             assert len(found) == 5
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_eps_of_torchvisions_coco_weights():
+    """torchvision sets it to 0 where it loads them, for they come from another library."""
+    theirs, ours = both(18, "frozen_batch", ours_kwargs={"norm_eps": 0.0}, **SMALL)
+    before = outputs(theirs.eval(), IMAGES[:1])
+    overwrite_eps(theirs, 0.0)
+    expected, found = outputs(theirs, IMAGES[:1]), outputs(ours.eval(), IMAGES[:1])
+    for after, mine, other in zip(expected, found, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, after, strict=True))
+        assert not torch.equal(other[0], after[0])
 
 
 def losses_of(model, images, targets):

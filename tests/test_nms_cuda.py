@@ -176,15 +176,35 @@ def test_same_rows_in_100_runs():
     """Half of the runs share the device with other work, which moves the blocks about."""
     boxes, scores, labels = (value.to(DEVICE) for value in clustered(20_000))
     scores = (scores * 50).round() / 50
-    expected = nms(boxes, scores, 0.5), batched_nms(boxes, scores, labels, 0.5)
+    images = boxes.view(4, 5000, 4), scores.view(4, 5000), labels.view(4, 5000)
+
+    def results():
+        return nms(boxes, scores, 0.5), batched_nms(boxes, scores, labels, 0.5), *batched_nms_padded(*images, 0.5, 300)
+
+    expected = results()
     other_work, stream = torch.zeros(32 << 20, device=DEVICE), torch.cuda.Stream()
     for run in range(100):
         if run % 2:
             with torch.cuda.stream(stream):
                 other_work.add_(1)
-        found = nms(boxes, scores, 0.5), batched_nms(boxes, scores, labels, 0.5)
-        assert all(torch.equal(mine, right) for mine, right in zip(found, expected, strict=True))
+        assert all(torch.equal(mine, right) for mine, right in zip(results(), expected, strict=True))
     torch.cuda.synchronize()
+
+
+@pytest.mark.sync
+@pytest.mark.parametrize("count", [5000, 20_000])
+def test_nms_waits_once(count):
+    """For the number of rows that it returns, by one copy; torch's debug mode does not see waits of a library."""
+    boxes, scores, labels = (value.to(DEVICE) for value in clustered(count))
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    for call in (lambda: nms(boxes, scores, 0.5), lambda: batched_nms(boxes, scores, labels, 0.5)):
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=activities) as profiler:
+            call()
+        names = [event.name for event in profiler.events()]
+        assert sum("Memcpy DtoH" in name for name in names) == 1
+        assert names.count("cudaStreamSynchronize") == 1
 
 
 @pytest.mark.large

@@ -94,13 +94,23 @@ def test_any_number_of_threads(num_threads):
     results = []
     for threads in (1, 2, 5):
         num_threads(threads)
-        results.append((nms(boxes, scores, 0.4), batched_nms(boxes, scores, labels, 0.4)))
+        images = [tensor.view(5, 1000, *tensor.shape[1:]) for tensor in (boxes, scores, labels)]
+        padded = batched_nms_padded(*images, 0.4, 300, torch.tensor([1000, 0, 1, 999, 500]))
+        results.append((nms(boxes, scores, 0.4), batched_nms(boxes, scores, labels, 0.4), *padded))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
 def kept_in_both_types():
-    return [nms(*clustered(1500, dtype=dtype), 0.45) for dtype in (torch.float32, torch.float64)]
+    kept = []
+    for dtype in (torch.float32, torch.float64):
+        boxes, scores = clustered(1500, dtype=dtype)
+        labels = torch.arange(1500) % 3
+        kept += [nms(boxes, scores, 0.45), batched_nms(boxes, scores, labels, 0.45)]
+        kept += batched_nms_padded(
+            boxes.view(3, 500, 4), scores.view(3, 500), labels.view(3, 500), 0.45, 200, torch.tensor([500, 20, 333])
+        )
+    return kept
 
 
 def test_every_instruction_set_keeps_the_same(tmp_path):
@@ -118,6 +128,40 @@ def test_opcheck():
     for num_valid in (None, torch.tensor([20, 50], dtype=torch.int32)):
         arguments = (boxes.expand(2, -1, -1), scores.expand(2, -1), labels.expand(2, -1), num_valid, 0.5, 10)
         torch.library.opcheck(OPS.batched_nms_padded.default, arguments)
+
+
+def test_any_number_of_images_and_boxes_exports():
+    class Suppress(torch.nn.Module):
+        def forward(self, boxes, scores, labels, num_valid):
+            return tuple(batched_nms_padded(boxes, scores, labels, 0.5, 20, num_valid))
+
+    def images_of(batch, count):
+        boxes, scores = clustered(batch * count)
+        images = [boxes.view(batch, count, 4), scores.view(batch, count), torch.arange(count).expand(batch, -1) % 3]
+        return *images, torch.arange(batch) * 7
+
+    batch, rows = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("rows", min=1, max=4096)
+    shapes = ({0: batch, 1: rows}, {0: batch, 1: rows}, {0: batch, 1: rows}, {0: batch})
+    program = torch.export.export(Suppress(), images_of(3, 60), dynamic_shapes=shapes).module()
+    for arguments in (images_of(1, 33), images_of(4, 200)):
+        expected = batched_nms_padded(*arguments[:3], 0.5, 20, arguments[3])
+        assert all(torch.equal(a, b) for a, b in zip(program(*arguments), expected, strict=True))
+
+
+def test_any_number_of_boxes_exports():
+    class Suppress(torch.nn.Module):
+        def forward(self, boxes, scores, labels):
+            return nms(boxes, scores, 0.5), batched_nms(boxes, scores, labels, 0.5)
+
+    def rows_of(count):
+        return *clustered(count), (torch.arange(count) % 3).float()  # as a detector gives them, in one tensor
+
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    program = torch.export.export(Suppress(), rows_of(60), dynamic_shapes=({0: rows},) * 3).module()
+    for count in (2, 300):
+        arguments = rows_of(count)
+        expected = nms(*arguments[:2], 0.5), batched_nms(*arguments, 0.5)
+        assert all(torch.equal(a, b) for a, b in zip(program(*arguments), expected, strict=True))
 
 
 def test_padded_compiles_as_one_graph_and_exports():

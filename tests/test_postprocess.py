@@ -153,6 +153,25 @@ def test_agrees_with_a_loop(seed, num_classes, coarse, topk, nms_thresh, max_det
     assert_same_detections(found, expected, max_detections)
 
 
+def test_sizes_stop_growing_at_the_limit_of_the_exponent():
+    """An anchor grows to 1000 / 16 of its size; all boxes lie within the image, so that nothing else holds them."""
+    logits, deltas, anchors = make_case()
+    anchors = 250 + (anchors - anchors[:, :2].repeat(1, 2)) / 5  # sides of 2 to 8
+    limit = math.log(1000 / 16)
+    growth = torch.tensor([limit, 4.0, 4.13, 4.14, 5.0, 50.0, 1e4, math.inf])
+    for level in deltas:
+        for channel in (2, 3):
+            level[:, channel::4] = growth[torch.randint(len(growth), level[:, channel::4].shape)]
+    options = {"score_thresh": 0.0, "nms_thresh": 1.0, "max_detections": 4 * NUM_ANCHORS}
+    found = detect(logits, deltas, anchors, [(512, 512)] * 2, **options)
+    for image in range(2):
+        rows = found.indices[image] // 4
+        expected = decode(torch.cat([as_rows(level, 4)[image] for level in deltas])[rows], anchors[rows])
+        torch.testing.assert_close(found.boxes[image], expected, rtol=0, atol=4 * 512 * 2**-23)
+        sides = (found.boxes[image, :, 2:] - found.boxes[image, :, :2]) / (anchors[rows, 2:] - anchors[rows, :2])
+        assert sides.max() == pytest.approx(1000 / 16, rel=1e-4)
+
+
 @pytest.mark.parametrize(("topk", "max_detections"), [(1000, 300), (40, 20)])
 def test_torchvision_postprocess_detections(topk, max_detections):
     tv = pytest.importorskip("torchvision.models.detection.retinanet", reason="compares with torchvision")

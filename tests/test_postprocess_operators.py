@@ -3,6 +3,7 @@
 import pytest
 import torch
 from logit_kinds import LOGIT_KINDS, logits_of_kind
+from started_anew import on_instruction_sets
 
 from retinanet_ext import detect, reference
 from retinanet_ext.models.anchors import AnchorGenerator
@@ -41,6 +42,91 @@ def test_types_and_layouts(dtype, layout):
         logits = [reference.focal_loss.anchor_rows(level, K) for level in logits]
         deltas = [reference.focal_loss.anchor_rows(level, 4) for level in deltas]
     assert_same(detect(logits, deltas, anchors, SIZES, topk_per_level=50), expected)
+
+
+MIXED = [
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.float16, torch.bfloat16),
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.float64, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("logit_type", "delta_type"), MIXED)
+def test_logits_and_deltas_of_two_types(logit_type, delta_type):
+    logits, deltas, anchors = make_case()
+    logits, deltas = [level.to(logit_type) for level in logits], [level.to(delta_type) for level in deltas]
+    options = {"topk_per_level": 50, "max_detections": 60}
+    assert_same(
+        detect(logits, deltas, anchors, SIZES, **options), reference.detect(logits, deltas, anchors, SIZES, **options)
+    )
+
+
+def test_each_level_may_lie_in_its_own_way():
+    logits, deltas, anchors = make_case()
+    expected = detect(logits, deltas, anchors, SIZES)
+    last = torch.channels_last
+    logits[0], deltas[1] = logits[0].contiguous(memory_format=last), deltas[1].contiguous(memory_format=last)
+    logits[2], deltas[2] = (
+        reference.focal_loss.anchor_rows(level[2], width) for level, width in ((logits, K), (deltas, 4))
+    )
+    logits[3] = logits[3].repeat_interleave(2, dim=3)[..., ::2]
+    found = detect(logits, deltas, anchors, SIZES)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_anchors_of_each_image():
+    logits, deltas, anchors = make_case()
+    others = anchors.flip(0) + torch.tensor([3.0, -2.0, 5.0, 1.0])
+    found = detect(logits, deltas, torch.stack([anchors, others]), SIZES)
+    for image, own in enumerate((anchors, others)):
+        alone = [[level[image : image + 1] for level in levels] for levels in (logits, deltas)]
+        expected = detect(*alone, own, SIZES[image : image + 1])
+        assert all(torch.equal(a[image : image + 1], b) for a, b in zip(found, expected, strict=True))
+    assert_same(found, reference.detect(logits, deltas, torch.stack([anchors, others]), SIZES))
+
+
+@pytest.mark.parametrize("clip_before_nms", [True, False])
+def test_deltas_and_anchors_that_are_no_numbers(clip_before_nms):
+    """NaN stays NaN, infinities end at the image's sides, and neither takes part in suppression but as the reference
+    has it."""
+    logits, deltas, anchors = make_case()
+    generator = torch.Generator().manual_seed(1)
+    odd = torch.tensor([float("nan"), float("inf"), float("-inf"), 1e30, -1e30])
+    for level in deltas:
+        places = torch.rand(level.shape, generator=generator) < 0.1
+        level[places] = odd[torch.randint(len(odd), (int(places.sum()),), generator=generator)]
+    anchors[::50, 0], anchors[7::50, 2], anchors[9::50] = odd[0], odd[1], odd[2]
+    options = {"max_detections": 500, "clip_before_nms": clip_before_nms}
+    found = detect(logits, deltas, anchors, SIZES, **options)
+    expected = reference.detect(logits, deltas, anchors, SIZES, **options)
+    for name in ("labels", "indices", "counts"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.boxes.isnan().any()
+    torch.testing.assert_close(found.boxes, expected.boxes, rtol=0, atol=4 * 512 * 2**-23, equal_nan=True)
+
+
+def test_no_class_is_nothing_found():
+    _logits, deltas, anchors = make_case()
+    found = detect([torch.zeros(2, 0, *grid) for grid in GRIDS], deltas, anchors, SIZES, max_detections=3)
+    assert found.boxes.shape == (2, 3, 4)
+    assert found.counts.tolist() == [0, 0]
+    assert (found.indices == -1).all()
+
+
+def test_all_candidates_are_of_one_class_of_many():
+    logits, deltas, anchors = make_case()
+    logits = [level.view(2, A, K, *level.shape[2:]).clone() for level in logits]
+    for level in logits:
+        level[:, :, :3], level[:, :, 4:] = -30, -30
+        level[:, :, 3] += 8
+    logits = [level.flatten(1, 2) for level in logits]
+    found = detect(logits, deltas, anchors, SIZES)
+    assert_same(found, reference.detect(logits, deltas, anchors, SIZES))
+    assert (found.labels[found.indices >= 0] == 3).all()
+    assert (found.counts > 0).all()
 
 
 @pytest.mark.parametrize("logits_of", LOGIT_KINDS)
@@ -84,6 +170,23 @@ def test_any_number_of_threads(num_threads):
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
+def found_in_both_types():
+    options = {"score_thresh": 0.02, "topk_per_level": 300}
+    return [value for dtype in (torch.float32, torch.float64) for value in detect(*make_case(dtype), SIZES, **options)]
+
+
+def test_every_instruction_set_finds_the_same(tmp_path):
+    """Which candidates, and of them which stay; decoding rounds as the instructions have it."""
+    expected = found_in_both_types()
+    for isa, results in on_instruction_sets(found_in_both_types, tmp_path).items():
+        for mine, right in zip(results, expected, strict=True):
+            if right.is_floating_point():
+                eps = torch.finfo(right.dtype).eps
+                torch.testing.assert_close(mine, right, rtol=2 * eps, atol=4 * 512 * eps, msg=isa)
+            else:
+                assert torch.equal(mine, right), isa
+
+
 def test_empty_levels_and_batches():
     logits, deltas, anchors = make_case()
     expected = detect(logits, deltas, anchors, SIZES)
@@ -116,6 +219,18 @@ def test_compiles_as_one_graph_and_exports():
     for module in (compiled, exported):
         assert all(torch.equal(a, b) for a, b in zip(module(*arguments), expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments[:3], SIZES), expected, strict=True))
+
+
+def test_compiles_with_inductor_between_other_operations():
+    def best(logits, deltas, anchors, sizes):
+        found = detect([level * 2 for level in logits], deltas, anchors, sizes, max_detections=20)
+        return found.boxes / 2, found.scores.sum(), found.labels + 1
+
+    logits, deltas, anchors = make_case()
+    arguments = (logits, deltas, anchors, torch.tensor(SIZES))
+    compiled = torch.compile(best, fullgraph=True)
+    for mine, right in zip(compiled(*arguments), best(*arguments), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-6, atol=0)
 
 
 def test_exports_with_any_batch():

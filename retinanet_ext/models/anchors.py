@@ -129,6 +129,7 @@ class AnchorGenerator(nn.Module):
         self.offset = offset
         self.order = order
         self._cache: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._cells: dict[torch.device, list[Tensor]] = {}
 
     @property
     def num_anchors(self) -> int:
@@ -178,18 +179,24 @@ class AnchorGenerator(nn.Module):
         if key not in self._cache:
             # anchors made in evaluation serve training too, where inference tensors cannot be saved
             with torch.inference_mode(False):
-                levels = zip(self.cell_anchors(), grids, strides, strict=True)
-                anchors = [self._grid_anchors(*level) for level in levels]
-                self._cache[key] = torch.cat(anchors).to(device, dtype)
+                levels = zip(self._cells_on(torch.device(device)), grids, strides, strict=True)
+                self._cache[key] = torch.cat([self._grid_anchors(*level) for level in levels]).to(dtype)
             if len(self._cache) > _CACHED_GRIDS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
 
+    def _cells_on(self, device: torch.device) -> list[Tensor]:
+        """What `_grid_anchors` starts from, where the anchors are wanted: images of a new size then copy nothing from
+        the host, which would wait for the device."""
+        if device not in self._cells:
+            self._cells[device] = [cell.to(device) for cell in self.cell_anchors()]
+        return self._cells[device]
+
     def _grid_anchors(self, cell: Tensor, grid: tuple[int, int], stride: tuple[float, float]) -> Tensor:
         """float32 ``[H * W * A, 4]`` of one level."""
         centers_y, centers_x = (
-            (torch.arange(count, dtype=torch.float32, device="cpu") + self.offset) * step
+            (torch.arange(count, dtype=torch.float32, device=cell.device) + self.offset) * step
             for count, step in zip(grid, stride, strict=True)
         )
         y, x = torch.meshgrid(centers_y, centers_x, indexing="ij")
@@ -197,7 +204,7 @@ class AnchorGenerator(nn.Module):
         return (centers + cell).reshape(-1, 4)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}
+        return {**self.__dict__, "_cache": OrderedDict(), "_cells": {}}
 
     def extra_repr(self) -> str:
         return (

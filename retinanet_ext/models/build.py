@@ -18,7 +18,9 @@ def build_retinanet(config: RetinaNetConfig) -> RetinaNet:
         ValueError: a value out of its range, by name.
     """
     options = asdict(config)
-    body = make_resnet(options.pop("backbone"), options.pop("norm"), options.pop("stride_in_1x1"))
+    body = make_resnet(
+        options.pop("backbone"), options.pop("norm"), options.pop("stride_in_1x1"), options.pop("norm_eps")
+    )
     pyramid = BackboneWithFPN(body, p6_from=options.pop("p6_from"), p7_relu=options.pop("p7_relu"))
     model = RetinaNet(pyramid, **options)
     model.config = config
@@ -44,8 +46,7 @@ def retinanet_resnet50_fpn(num_classes: int = 91, *, norm: str = "batch", **kwar
 
     The weights of ``torchvision.models.detection.retinanet_resnet50_fpn`` load as they are:
     ``model.load_state_dict(torchvision_model.state_dict())``. (torchvision's COCO_V1 checkpoint was trained
-    with ``norm="frozen_batch"`` and wants ``eps`` of 0 in each of those layers, which torchvision sets when
-    it loads it.)
+    with ``norm="frozen_batch", norm_eps=0.0``: torchvision sets the latter when it loads it.)
 
     Args:
         num_classes: ``K``; 91 is what torchvision's COCO weights have.

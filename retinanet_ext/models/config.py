@@ -82,18 +82,22 @@ class RetinaNetConfig:
         num_classes: ``K``.
         backbone: one of `retinanet_ext.models.BACKBONES`.
         norm: of the backbone, see `retinanet_resnet50_fpn`.
+        norm_eps: what the backbone's normalisation adds to the variance; 0 for torchvision's COCO_V1 weights, which are
+            for "frozen_batch", the one norm that takes 0.
         stride_in_1x1: see `ResNet`; of the MSRA weights that detectron2's and Detectron's models began with.
         p6_from, p7_relu: see `FeaturePyramid`.
         anchor_strides, anchor_rounding, anchor_offset, anchor_order: see `AnchorGenerator`.
         others: see `RetinaNet`.
 
     Raises:
-        ValueError: an unknown ``backbone`` or ``norm``; what else is wrong, `build_retinanet` says.
+        ValueError: an unknown ``backbone`` or ``norm``, a wrong ``norm_eps``; what else is wrong, `build_retinanet`
+            says.
     """
 
     num_classes: int = 91
     backbone: str = "resnet50"
     norm: str = "batch"
+    norm_eps: float = 1e-5
     stride_in_1x1: bool = False
     p6_from: str = "p5"
     p7_relu: bool = True
@@ -125,6 +129,11 @@ class RetinaNetConfig:
             raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
         if self.norm not in NORMS:
             raise ValueError(f"norm: expected one of {tuple(NORMS)}, got {self.norm!r}")
+        if not 0 <= self.norm_eps < float("inf") or (self.norm_eps == 0 and self.norm != "frozen_batch"):
+            raise ValueError(
+                f'norm_eps: expected a number above 0, or 0 with norm="frozen_batch", '
+                f"got {self.norm_eps} with norm={self.norm!r}"
+            )
         for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)

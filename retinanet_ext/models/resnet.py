@@ -9,6 +9,7 @@ go both ways.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,11 +78,11 @@ def _group_size(group: Any) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def _group_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(32, channels)
+def _group_norm(channels: int, eps: float = 1e-5) -> nn.Module:
+    return nn.GroupNorm(32, channels, eps)
 
 
-NORMS: dict[str, Norm] = {
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "batch": nn.BatchNorm2d,
     "frozen_batch": FrozenBatchNorm2d,
     "group": _group_norm,
@@ -246,13 +247,14 @@ _BACKBONES = {
 BACKBONES = tuple(_BACKBONES)
 
 
-def make_resnet(name: str, norm: str = "batch", stride_in_1x1: bool = False) -> ResNet:
+def make_resnet(name: str, norm: str = "batch", stride_in_1x1: bool = False, norm_eps: float = 1e-5) -> ResNet:
     """The backbone of that name with random weights.
 
     Args:
         name: one of `BACKBONES`.
         norm: one of `NORMS`.
         stride_in_1x1: see `ResNet`.
+        norm_eps: what the normalisation adds to the variance.
 
     Raises:
         ValueError: another name or norm.
@@ -262,4 +264,4 @@ def make_resnet(name: str, norm: str = "batch", stride_in_1x1: bool = False) -> 
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {tuple(NORMS)}, got {norm!r}")
     block, depths, groups, group_width = _BACKBONES[name]
-    return ResNet(block, depths, NORMS[norm], stride_in_1x1, groups, group_width)
+    return ResNet(block, depths, partial(NORMS[norm], eps=norm_eps), stride_in_1x1, groups, group_width)

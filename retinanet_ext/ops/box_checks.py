@@ -50,7 +50,7 @@ def check_anchors(op: str, anchors: Tensor, batch: int | None = None) -> None:
     check_floating(op, "anchors", anchors)
     if anchors.dim() not in (2, 3) or anchors.shape[-1] != 4:
         raise ValueError(f"{op}: anchors: expected shape [N, 4] or [B, N, 4], got {list(anchors.shape)}")
-    if batch is not None and anchors.dim() == 3 and len(anchors) != batch:
+    if batch is not None and anchors.dim() == 3 and anchors.shape[0] != batch:
         raise ValueError(f"{op}: anchors: expected [N, 4] or [{batch}, N, 4], got {list(anchors.shape)}")
 
 
@@ -71,7 +71,7 @@ def check_gt_boxes(op: str, gt_boxes: Boxes, gt_offsets: Tensor | None, device: 
     else:
         if not isinstance(gt_offsets, Tensor) or gt_offsets.dtype != torch.int32:
             raise TypeError(f"{op}: gt_offsets: expected a tensor of torch.int32, got {describe(gt_offsets)}")
-        if gt_offsets.dim() != 1 or len(gt_offsets) == 0:
+        if gt_offsets.dim() != 1 or gt_offsets.shape[0] == 0:
             raise ValueError(f"{op}: gt_offsets: expected shape [B + 1], got {list(gt_offsets.shape)}")
         check_device(op, "gt_offsets", gt_offsets, device)
         named_boxes = [("gt_boxes", gt_boxes)]
@@ -80,7 +80,8 @@ def check_gt_boxes(op: str, gt_boxes: Boxes, gt_offsets: Tensor | None, device: 
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"{op}: {name}: expected shape [M, 4], got {list(boxes.shape)}")
         check_device(op, name, boxes, device)
-    return len(gt_boxes) if gt_offsets is None else len(gt_offsets) - 1
+    # by shape, not len(): torch.export would take a dynamic size for a constant
+    return len(gt_boxes) if gt_offsets is None else gt_offsets.shape[0] - 1
 
 
 def check_per_box(

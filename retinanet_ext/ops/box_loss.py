@@ -281,13 +281,14 @@ def _check_deltas(op: str, deltas: Sequence[Tensor] | Tensor) -> tuple[int, int,
         else:
             raise ValueError(f"{op}: {name}: expected [B, 4 * A, H, W] or [B, n, 4], got {list(level.shape)}")
     first = levels[0][1]
+    batch = first.shape[0]
     for name, level in levels[1:]:
-        if len(level) != len(first):
-            raise ValueError(f"{op}: {name}: expected a batch of {len(first)}, as the first level, got {len(level)}")
+        if level.shape[0] != batch:  # by shape, not len(): torch.export would take a dynamic size for a constant
+            raise ValueError(f"{op}: {name}: expected a batch of {batch}, as the first level, got {level.shape[0]}")
         if level.dtype != first.dtype:
             raise TypeError(f"{op}: {name}: expected {first.dtype}, as the first level, got {level.dtype}")
         check_device(op, name, level, first.device)
-    return len(first), num_anchors, first.device
+    return batch, num_anchors, first.device
 
 
 def _named_levels(op: str, name: str, levels: Sequence[Tensor]) -> list[tuple[str, Tensor]]:

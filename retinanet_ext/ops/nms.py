@@ -78,7 +78,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     if idxs.shape != scores.shape:
         raise RuntimeError(
             f"batched_nms: boxes and idxs should have same number of elements in dimension 0, "
-            f"got {len(boxes)} and {list(idxs.shape)}"
+            f"got {boxes.shape[0]} and {list(idxs.shape)}"
         )
     check_device("batched_nms", "idxs", idxs, boxes.device)
     return _keep(boxes, scores, _label_numbers(idxs), iou_threshold)
@@ -100,7 +100,7 @@ def _label_numbers(labels: Tensor) -> Tensor:
         return labels.long()
     bits = (labels.detach().double() + 0.0).view(torch.int64)
     # Patterns of NaN that no other label has, one for each row.
-    unlike = torch.arange(len(labels), device=labels.device) - (1 << 51)
+    unlike = torch.arange(labels.shape[0], device=labels.device) - (1 << 51)
     return torch.where(labels.isnan(), unlike, bits)
 
 
@@ -153,7 +153,7 @@ def batched_nms_padded(
             got = num_valid.dtype if isinstance(num_valid, Tensor) else type(num_valid).__name__
             raise TypeError(f"{op}: num_valid: expected a tensor of int32 or int64, got {got}")
         if num_valid.shape != boxes.shape[:1]:
-            raise ValueError(f"{op}: num_valid: expected shape [{len(boxes)}], got {list(num_valid.shape)}")
+            raise ValueError(f"{op}: num_valid: expected shape [{boxes.shape[0]}], got {list(num_valid.shape)}")
         check_device(op, "num_valid", num_valid, boxes.device)
     boxes, scores = _computable(boxes), _computable(scores)
     num_valid = None if num_valid is None else num_valid.clamp(0, boxes.shape[1]).int()
@@ -171,10 +171,11 @@ def _check_boxes_scores(op: str, boxes: Tensor, scores: Tensor) -> None:
         raise RuntimeError(f"{op}: boxes should have 4 elements in dimension 1, got {boxes.shape[1]}")
     if scores.dim() != 1:
         raise RuntimeError(f"{op}: scores should be a 1d tensor, got {scores.dim()}D")
-    if len(boxes) != len(scores):
+    # Sizes by shape, never by len(): torch.export would take a dynamic size for a constant.
+    if boxes.shape[0] != scores.shape[0]:
         raise RuntimeError(
             f"{op}: boxes and scores should have same number of elements in dimension 0, "
-            f"got {len(boxes)} and {len(scores)}"
+            f"got {boxes.shape[0]} and {scores.shape[0]}"
         )
     if boxes.dtype != scores.dtype:
         raise RuntimeError(f"{op}: boxes should have the same type as scores, got {boxes.dtype} and {scores.dtype}")

@@ -87,6 +87,8 @@ def detect(
         indices=torch.full((batch, max_detections), -1, device=anchors.device),
         counts=torch.zeros(batch, dtype=torch.int32, device=anchors.device),
     )
+    if num_classes == 0:
+        return out
     for image in range(batch):
         indices, logits, first_anchor = [], [], 0
         for level, level_size in zip(logit_levels, level_sizes, strict=True):
