@@ -114,21 +114,49 @@ def test_the_splits_of_each_form(data, tmp_path):
     assert find_splits(tmp_path / "data.yaml") == find_splits(tmp_path) == ["val", "test"]
 
 
-def test_a_yolo_set_trains_and_is_checked_by_its_yaml(tmp_path, capsys, without_pictures):
-    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+def write_yolo(folder):
     for split, count in (("train", 3), ("val", 1)):
         for index in range(count):
-            image = tmp_path / "images" / split / f"{index}.png"
+            image = folder / "images" / split / f"{index}.png"
             image.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (40 * index, 90, 20 if split == "train" else 40)).save(image)
-            label = tmp_path / "labels" / split / f"{index}.txt"
+            label = folder / "labels" / split / f"{index}.txt"
             label.parent.mkdir(parents=True, exist_ok=True)
             label.write_text("0 0.5 0.5 0.5 0.5\n")
-    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cell]\n")
-    status, out, _ = run(capsys, "check-data", tmp_path / "data.yaml", "--run-dir", tmp_path / "checked")
+    (folder / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cell]\n")
+    return folder / "data.yaml"
+
+
+def write_voc(folder):
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    for index in range(4):
+        Image.new("RGB", (32, 32), (40 * index, 90, 20)).save(folder / "JPEGImages" / f"{index}.jpg")
+        (folder / "Annotations" / f"{index}.xml").write_text(
+            f"<annotation><filename>{index}.jpg</filename><size><width>32</width><height>32</height><depth>3</depth></size>"
+            "<object><name>cell</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>24</xmax><ymax>24</ymax></bndbox></object>"
+            "</annotation>"
+        )
+    (folder / "ImageSets" / "Main" / "train.txt").write_text("0\n1\n2\n")
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("3\n")
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_yolo, write_voc])
+def test_other_layouts_are_checked_trained_on_and_evaluated(write, tmp_path, capsys, without_pictures):
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    (tmp_path / "set").mkdir()
+    data = write(tmp_path / "set")
+    status, out, _ = run(capsys, "check-data", data, "--run-dir", tmp_path / "checked")
     assert status == 0, out
+    status, out, _ = run(capsys, "anchors", data, "--min-size", "32", "--max-size", "32")
+    assert status == 0
+    assert "cell" in out
     tiny = ("--arch", "resnet18", "--min-size", "32", "--max-size", "32", "--batch-size", "2", "--device", "cpu")
-    argv = ("train", tmp_path / "data.yaml", "--epochs", "1", "--run-dir", tmp_path / "run", *tiny)
+    argv = ("train", data, "--epochs", "1", "--run-dir", tmp_path / "run", *tiny)
     status, out, _ = run(capsys, *argv)
+    assert status == 0
+    assert "cell" in out
+    status, out, _ = run(capsys, "val", tmp_path / "run", data, "--device", "cpu")
     assert status == 0
     assert "cell" in out

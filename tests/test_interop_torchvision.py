@@ -1,6 +1,5 @@
 """torchvision's functions under the patch: what its own unit tests ask of them, and what ours could do otherwise."""
 
-import functools
 import inspect
 import math
 
@@ -12,7 +11,9 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="patches torchvision")
 
+from functorch.compile import make_boxed_func
 from peer_modules import assert_same, outcome, random_boxes, record_calls
+from torch._dynamo.backends.common import aot_autograd
 from torchvision import ops as tv_ops
 from torchvision import tv_tensors
 
@@ -229,6 +230,19 @@ def test_focal_loss_without_its_factors_is_the_cross_entropy(reduction, dtype):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_gradient_of_the_focal_loss_without_its_factors_is_the_cross_entropys(reduction):
+    targets = torch.rand(30, 5)
+    gradients = []
+    for function in (
+        lambda logits: tv_ops.sigmoid_focal_loss(logits, targets, -1, 0, reduction),
+        lambda logits: F.binary_cross_entropy_with_logits(logits, targets, reduction=reduction),
+    ):
+        logits = torch.linspace(-9, 9, 150).view(30, 5).requires_grad_()
+        gradients.append(torch.autograd.grad(function(logits).sum(), logits)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_focal_loss_and_its_gradients_are_torchvisions(reduction):
     logits = (torch.randn(50, 9, dtype=torch.float64) * 4).requires_grad_()
     targets = torch.rand(50, 9, dtype=torch.float64).requires_grad_()
@@ -304,18 +318,46 @@ def test_focal_loss_in_transforms_of_functions_is_torchvisions(calls):
     assert calls == []
 
 
-def test_compiled_focal_loss():
-    torch._dynamo.reset()
+def compiled_with_operators(function):
+    """The compiled function, and the names of the operators in the graphs that it came to."""
+    names = []
 
-    @functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-    def compiled(logits, targets):
+    def note(graph, _inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=aot_autograd(fw_compiler=note), fullgraph=True), names
+
+
+def test_compiled_focal_loss():
+    @compiled_with_operators
+    def wrapped(logits, targets):
         return tv_ops.sigmoid_focal_loss(logits, targets, reduction="mean")
 
-    logits, targets = torch.randn(8, 3, requires_grad=True), torch.rand(8, 3)
-    loss = compiled(logits, targets)
-    torch.testing.assert_close(loss, ORIGINALS["sigmoid_focal_loss"](logits, targets, reduction="mean"))
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert gradient.abs().sum() > 0
+    compiled, names = wrapped
+    results = []
+    for function, reduction in ((compiled, {}), (ORIGINALS["sigmoid_focal_loss"], {"reduction": "mean"})):
+        logits, targets = torch.linspace(-4, 4, 24).view(8, 3).requires_grad_(), torch.linspace(0, 1, 24).view(8, 3)
+        loss = function(logits, targets, **reduction)
+        results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    assert any("retinanet_ext" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["nms", "batched_nms", "box_iou"])
+def test_compiled_functions_have_our_operators_in_their_graphs(name):
+    boxes = random_boxes(40)
+    labels = torch.randint(3, (40,))
+    arguments = {
+        "nms": (boxes, torch.rand(40), 0.5),
+        "batched_nms": (boxes, torch.rand(40), labels, 0.5),
+        "box_iou": (boxes, boxes[:7]),
+    }[name]
+    compiled, names = compiled_with_operators(lambda *arguments: getattr(tv_ops, name)(*arguments))
+    assert_same(compiled(*arguments), ORIGINALS[name](*arguments))
+    assert any("retinanet_ext" in target for target in names)
 
 
 # box_iou
@@ -391,5 +433,27 @@ def test_scripting_and_tracing_record_torchvisions_functions():
     traced = torch.jit.trace(suppress, (boxes, scores, labels))
     assert_same(traced(boxes, scores, labels), expected)
     loss = torch.jit.script(tv_ops.sigmoid_focal_loss)
-    assert loss(boxes, boxes.sigmoid()).shape == boxes.shape
-    assert "retinanet_ext::" not in str(traced.inlined_graph) + str(scripted.graph) + str(loss.graph)
+    logits, targets = torch.randn(30, 4), torch.rand(30, 4)
+    for alpha in (-1.0, 0.0, 0.58, 1.0):
+        for gamma in (0.0, 2.0, 3.0):
+            for reduction in ("none", "mean", "sum"):
+                arguments = logits, targets, alpha, gamma, reduction
+                torch.testing.assert_close(
+                    loss(*arguments), tv_ops.sigmoid_focal_loss(*arguments), rtol=1e-5, atol=1e-7
+                )
+    keep, iou = torch.jit.script(tv_ops.nms), torch.jit.script(tv_ops.box_iou)
+    assert_same(keep(boxes, scores, 0.5), tv_ops.nms(boxes, scores, 0.5))
+    assert_same(iou(boxes, boxes[:5]), tv_ops.box_iou(boxes, boxes[:5]))
+    graphs = (traced.inlined_graph, scripted.graph, loss.graph, keep.graph, iou.graph)
+    assert "retinanet_ext::" not in "".join(map(str, graphs))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_torchvisions_two_ways_of_batched_nms_agree(calls, seed):
+    """Both call nms, which is ours: label by label, and over boxes that are moved apart."""
+    torch.manual_seed(seed)
+    boxes, scores, labels = random_boxes(1000), torch.rand(1000), torch.randint(0, 4, (1000,))
+    kept = tv_ops.boxes._batched_nms_vanilla(boxes, scores, labels, 0.9)
+    assert_same(tv_ops.boxes._batched_nms_coordinate_trick(boxes, scores, labels, 0.9), kept)
+    assert_same(tv_ops.batched_nms(boxes, scores, labels, 0.9), kept)
+    assert set(calls) == {"nms", "batched_nms"}
