@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/performance.md from the results files alone: no figure there is typed by hand.
+"""Writes the tables and plots of docs/performance.md from the results files alone: no figure in them is typed by hand.
 
     python -m benchmarks.report            # writes docs/performance.md, and docs/images/scaling-*.png
     python -m benchmarks.report --check    # exit status 1 where page or plots do not say what the results files say
@@ -10,6 +10,7 @@ benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
     <!-- memory FILE: PATTERN, PATTERN ... -->    a row a case: the most that a call of each side holds at a time
     <!-- images FILE: PATTERN, PATTERN ... -->    a row a case of bench_loading.py: images a second
     <!-- runs FILE, FILE ...: CASE -->            a row a run: one case in each of them, and what the machine copied
+    <!-- goals FILE: CASE >= 20; FILE: ... -->      a row a case: the factor on torchvision that was aimed at, and it
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- lockstep FILE, FILE ... -->              a column a run of train_vs_torchvision.py --lockstep
@@ -177,15 +178,19 @@ def images(what: str, folder: Path) -> str:
     return table(["", "images a second"], rows)
 
 
+def one_case(name: str, case: str, folder: Path) -> dict[str, Any]:
+    """The result of one case in one file."""
+    found = [result for result in read(name, folder)["results"] if labelled(result["case"]) == labelled(case)]
+    if len(found) != 1:
+        raise ReportError(f"{name}: {len(found)} cases are called {case!r}")
+    return found[0]
+
+
 def runs(what: str, folder: Path) -> str:
     names, _, case = what.partition(":")
     rows = []
     for name in (name.strip() for name in names.split(",")):
-        report = read(name, folder)
-        found = [result for result in report["results"] if labelled(result["case"]) == labelled(case.strip())]
-        if len(found) != 1:
-            raise ReportError(f"{name}: {len(found)} cases are called {case.strip()!r}")
-        rows.append((name, report["machine"]["processor"], found[0]))
+        rows.append((name, read(name, folder)["machine"]["processor"], one_case(name, case.strip(), folder)))
     peers = list(dict.fromkeys(peer for *_, result in rows for peer in result["peers"]))
     lines = []
     for name, processor, result in rows:
@@ -201,6 +206,24 @@ def runs(what: str, folder: Path) -> str:
             ]
         )
     return table(["run", "processor", "copy, GB/s", "ours, milliseconds", *peers], lines)
+
+
+def goals(what: str, folder: Path) -> str:
+    rows = []
+    for entry in what.split(";"):
+        name, _, rest = entry.strip().partition(":")
+        case, _, goal = rest.rpartition(">=")
+        try:
+            wanted = float(goal)
+        except ValueError:
+            raise ReportError(f"goals: expected FILE: CASE >= NUMBER, got {entry.strip()!r}") from None
+        result = one_case(name.strip(), case.strip(), folder)
+        own, its = result["ours"]["median"], result["peers"]["torchvision"]["median"]
+        met = "met" if its / own >= wanted else "missed"
+        rows.append(
+            [labelled(case.strip()), f"{wanted:g}×", number(own), with_factor(its, own), met, link(name.strip())]
+        )
+    return table(["case, milliseconds", "goal", "ours", "torchvision", "", "run"], rows)
 
 
 def machine(what: str, folder: Path) -> str:
@@ -392,6 +415,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "memory": memory,
     "images": images,
     "machine": machine,
+    "goals": goals,
     "runs": runs,
     "training": training,
     "lockstep": lockstep,

@@ -176,6 +176,14 @@ def test_one_case_in_several_runs(report, folder):
         report.runs("before: nms", folder)
 
 
+def test_goals_are_met_or_missed(report, folder):
+    lines = report.goals("some-cpu: nms 1000 >= 4; some-cpu: nms 1000 >= 4.1", folder).splitlines()
+    row = "| `nms` 1000 | {}× | 0.5 | 2 (4×) | {} | [results](../benchmarks/results/some-cpu.json) |"
+    assert lines[2:] == [row.format("4", "met"), row.format("4.1", "missed")]
+    with pytest.raises(report.ReportError, match="expected FILE: CASE >= NUMBER, got 'some-cpu: nms 1000'"):
+        report.goals("some-cpu: nms 1000", folder)
+
+
 def test_images_a_second(report, folder):
     content = json.loads((folder / "some-cpu.json").read_text())
     content["results"] = [{**content["results"][0], "case": "loader, 2 workers", "details": {"images": 32}}]
