@@ -13,6 +13,7 @@ benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
     <!-- goals FILE: CASE >= 20; FILE: ... -->      a row a case: the factor on torchvision that was aimed at, and it
     <!-- machine FILE -->                         what it was measured on, and when
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
+    <!-- twins FILE -->                           a row a side of a whole run of train_vs_torchvision.py --twins
     <!-- lockstep FILE, FILE ... -->              a column a run of train_vs_torchvision.py --lockstep
     <!-- gradients FILE -->                      train_vs_torchvision.py --same-weights
     <!-- reference FILE -->                       train_vs_reference.py
@@ -293,6 +294,15 @@ def swapped_weights(runs: list[dict[str, Any]], sides: Sequence[str]) -> list[st
     return [f"Each side's weights scored in the other side's model: AP and AP50 differ by {largest:.4f} at most.\n"]
 
 
+def twins(what: str, folder: Path) -> str:
+    """How far two whole runs of one model end apart."""
+    report = read(what.strip(), folder)
+    figures = ("AP", "AP50", "AP75")
+    sides = {name: value for name, value in report.items() if isinstance(value, dict) and "AP" in value}
+    rows = [[name, *(f"{side[key]:.3f}" for key in figures)] for name, side in sides.items()]
+    return table([f"seed {report['recipe']['seed']}", *figures], rows)
+
+
 def lockstep(what: str, folder: Path) -> str:
     """How far the weights of two runs are apart after some of the steps, a column a file."""
     reports = [read(name.strip(), folder) for name in what.split(",")]
@@ -418,6 +428,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "goals": goals,
     "runs": runs,
     "training": training,
+    "twins": twins,
     "lockstep": lockstep,
     "gradients": gradients,
     "reference": reference,

@@ -176,6 +176,15 @@ def test_one_case_in_several_runs(report, folder):
         report.runs("before: nms", folder)
 
 
+def test_twins(report, folder):
+    side = {"AP": 0.51, "AP50": 0.8729, "AP75": 0.5}
+    content = {"recipe": {"seed": 3}, "machine": {}, "one": side, "one, last places changed": {**side, "AP75": 0.528}}
+    (folder / "twins.json").write_text(json.dumps(content))
+    lines = report.twins("twins", folder).splitlines()
+    assert lines[0] == "| seed 3 | AP | AP50 | AP75 |"
+    assert lines[2:] == ["| one | 0.510 | 0.873 | 0.500 |", "| one, last places changed | 0.510 | 0.873 | 0.528 |"]
+
+
 def test_goals_are_met_or_missed(report, folder):
     lines = report.goals("some-cpu: nms 1000 >= 4; some-cpu: nms 1000 >= 4.1", folder).splitlines()
     row = "| `nms` 1000 | {}× | 0.5 | 2 (4×) | {} | [results](../benchmarks/results/some-cpu.json) |"
