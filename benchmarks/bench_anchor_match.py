@@ -22,6 +22,8 @@ CASES = {
     "800x1344 B=16 M=8": ((800, 1344), 16, 8),
     "800x1344 B=64 M=500": ((800, 1344), 64, 500),
     "800x1344 B=16 ragged": ((800, 1344), 16, "ragged"),
+    "800x800 B=1 M=50": ((800, 800), 1, 50),
+    "800x800 B=16 ragged": ((800, 800), 16, "ragged"),
     "240x320 B=16 M=12": ((240, 320), 16, 12),
 }
 SMOKE = ((64, 96), 2, 5)
@@ -98,13 +100,13 @@ def agree(mine, other):
         assert torch.equal(one.long(), two.long())
 
 
-def not_compiled(device, timed, batch, boxes):
+def not_compiled(device, timed, batch, case):
     """Why torchvision's is not timed compiled too, or None."""
     if not timed:
         return "a smoke run compiles nothing"
     if batch > 1:
         return "its loop over the images is unrolled into the graph: compiled for one image alone"
-    if device.type == "cpu" and boxes != 50:
+    if device.type == "cpu" and case != "800x1344 B=1 M=50":
         return "compiling takes the CPU many seconds: done for 800x1344 B=1 M=50 alone"
     return None
 
@@ -112,7 +114,7 @@ def not_compiled(device, timed, batch, boxes):
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("case", CASES)
 def test_assign_targets(compare, captured, device, timed, case, in_graph):
-    _, batch, count = CASES[case]
+    batch = CASES[case][1]
     if timed and device.type == "cpu" and batch > 16:
         pytest.skip("64 images of 500 boxes take the CPU peer minutes a call; one image says as much")
     anchors, boxes, labels = make_case(CASES[case] if timed else SMOKE, device)
@@ -129,7 +131,7 @@ def test_assign_targets(compare, captured, device, timed, case, in_graph):
     if callable(peers["torchvision"]):
         # As one graph: torch.compile then takes the number of low-quality matches as unknown.
         compiled = functools.partial(torch.compile(torchvision_targets, fullgraph=True), anchors, boxes, labels)
-        peers["torchvision compiled"] = not_compiled(device, timed, batch, count) or compiled
+        peers["torchvision compiled"] = not_compiled(device, timed, batch, case) or compiled
 
     batch, pairs = len(boxes), len(anchors) * sum(len(image) for image in boxes)
     compare(
@@ -143,20 +145,36 @@ def test_assign_targets(compare, captured, device, timed, case, in_graph):
     )
 
 
-@pytest.mark.parametrize("case", ["800x1344 B=1 M=50", "800x1344 B=16 M=8", "240x320 B=16 M=12"])
-def test_match_anchors(compare, device, timed, case):
+@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("800x1344 B=1 M=50", torch.float32),
+        ("800x1344 B=1 M=50", torch.float64),
+        ("800x1344 B=16 M=8", torch.float32),
+        ("240x320 B=16 M=12", torch.float32),
+    ],
+)
+def test_match_anchors(compare, captured, device, timed, case, dtype, in_graph):
     """The matcher alone, without labels."""
     anchors, boxes, _ = make_case(CASES[case] if timed else SMOKE, device)
+    anchors, boxes = anchors.to(dtype), [image.to(dtype) for image in boxes]
+
+    def ours():
+        return retinanet_ext.match_anchors(anchors, boxes, policy="torchvision")
+
     peers = {"torchvision": "torchvision is not installed"}
     if importlib.util.find_spec("torchvision") is not None:
         peers["torchvision"] = functools.partial(torchvision_matches, anchors, boxes)
         peers["torchvision compiled"] = "as that of assign_targets, nearly all of which is this matcher"
+    name = str(dtype).removeprefix("torch.")
     compare(
-        f"match_anchors {case if timed else 'smoke'}",
-        lambda: retinanet_ext.match_anchors(anchors, boxes, policy="torchvision"),
+        f"match_anchors {case if timed else 'smoke'}{'' if name == 'float32' else ' ' + name}"
+        f"{' in a graph' if in_graph else ''}",
+        captured(ours) if in_graph else ours,
         peers,
         agree,
         elements=len(anchors) * sum(len(image) for image in boxes),
-        bytes=anchors.numel() * 4 + 4 * len(boxes) * len(anchors),
-        dtype="float32",
+        bytes=anchors.numel() * anchors.element_size() + 4 * len(boxes) * len(anchors),
+        dtype=name,
     )

@@ -1,8 +1,8 @@
 """box_regression_loss over a feature pyramid, forward, and forward with backward, beside what torchvision does.
 
 torchvision's RetinaNet permutes and concatenates the levels, then, image by image, picks the foreground by indices
-(which waits for the device), encodes its boxes with BoxCoder and sums torch.nn.functional.l1_loss; its v2 decodes them
-and sums the generalized IoU loss.
+(which waits for the device), encodes its boxes with BoxCoder and sums torch.nn.functional.l1_loss, or smooth_l1_loss;
+its v2 decodes them and sums the generalized IoU loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import retinanet_ext
 from retinanet_ext.reference.focal_loss import anchor_rows
 
-A, BOXES = 9, 20
+A, BOXES, BETA = 9, 20, 1 / 9
 # Level sizes, batch: a 480 x 640 image, COCO's 800 x 1333 (padded to 1344).
 PYRAMIDS = {
     "480x640 B=1": (((60, 80), (30, 40), (15, 20), (8, 10), (4, 5)), 1),
@@ -53,14 +53,14 @@ def make_case(pyramid, dtype, layout, device, boxes=BOXES):
     return levels, anchors, gt_boxes, matched.to(device), normalizer.to(device)
 
 
-def torchvision_loss(levels, anchors, gt_boxes, matched, normalizer, coder):
+def torchvision_loss(levels, anchors, gt_boxes, matched, normalizer, coder, loss=torch.nn.functional.l1_loss):
     """As torchvision's RetinaNetRegressionHead: permute, concatenate, gather the foreground of each image."""
     rows = torch.cat([anchor_rows(level, 4) for level in levels], dim=1)
     losses = []
     for image, boxes in enumerate(gt_boxes):
         foreground = torch.where(matched[image] >= 0)[0]
         expected = coder.encode_single(boxes[matched[image][foreground].long()], anchors[foreground])
-        difference = torch.nn.functional.l1_loss(rows[image][foreground], expected, reduction="sum")
+        difference = loss(rows[image][foreground], expected, reduction="sum")
         losses.append(difference / normalizer[image])
     return sum(losses)
 
@@ -109,7 +109,13 @@ def peers(levels, others, backward, loss, compiled="a smoke run compiles nothing
     coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
     anchors, gt_boxes, matched, normalizer = others
     function = functools.partial(
-        {"l1": torchvision_loss, "giou": torchvision_giou}[loss],
+        {
+            "l1": torchvision_loss,
+            "smooth_l1": functools.partial(
+                torchvision_loss, loss=functools.partial(torch.nn.functional.smooth_l1_loss, beta=BETA)
+            ),
+            "giou": torchvision_giou,
+        }[loss],
         anchors=anchors,
         gt_boxes=gt_boxes,
         matched=matched,
@@ -138,6 +144,12 @@ def test_giou(compare, device, timed, pyramid, direction):
     run_case(compare, device, timed, pyramid, torch.float32, "channels_last", direction, "giou")
 
 
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("pyramid", ["480x640 B=1", "800x1344 B=1", "800x1344 B=16"])
+def test_smooth_l1(compare, device, timed, pyramid, direction):
+    run_case(compare, device, timed, pyramid, torch.float32, "channels_last", direction, "smooth_l1")
+
+
 def run_case(compare, device, timed, pyramid, dtype, layout, direction, loss):
     backward = direction == "forward+backward"
     batch = PYRAMIDS[pyramid][1]
@@ -159,7 +171,7 @@ def run_case(compare, device, timed, pyramid, dtype, layout, direction, loss):
     anchors, gt_boxes, matched, normalizer = others
 
     def ours(leaves):
-        return retinanet_ext.box_regression_loss(leaves, anchors, gt_boxes, matched, loss=loss, normalizer=normalizer)
+        return retinanet_ext.box_regression_loss(leaves, anchors, gt_boxes, matched, loss, BETA, normalizer=normalizer)
 
     def agree(a, b):
         # The peer rounds halves to their dtype on the way: this guards against comparing different things.

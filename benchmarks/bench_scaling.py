@@ -76,9 +76,9 @@ def agree_by_level(mine, other):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
 
 
-def focal_of_levels(side: int, batch: int, device: torch.device):
+def focal_of_levels(side: int, batch: int, device: torch.device, classes: int = 80):
     bench = bench_multilevel_focal_loss
-    pyramid = bench.Pyramid(grids_of(side), batch)
+    pyramid = bench.Pyramid(grids_of(side), batch, classes)
     levels, targets, normalizer = bench.make_case(pyramid, torch.float32, torch.contiguous_format, device)
 
     def loss(leaves):
@@ -129,14 +129,14 @@ def box_loss(grids: list[tuple[int, int]], batch: int, device: torch.device, box
     return ours, peer, agree_by_level, elements, 4 * elements + 8 * batch * len(anchors)
 
 
-def suppression(variant: str, count: int, device: torch.device):
-    boxes, scores, labels = bench_nms.make_case(count, device)
+def suppression(variant: str, count: int, device: torch.device, classes: int = bench_nms.CLASSES):
+    boxes, scores, labels = bench_nms.make_case(count, device, classes=classes)
     arguments = (boxes, scores, 0.5) if variant == "nms" else (boxes, scores, labels, 0.5)
 
     def peer():
-        import torchvision
-
-        return functools.partial(getattr(torchvision.ops, variant), *arguments)
+        # many labels moved apart lose digits: label by label there
+        kind = "clustered" if classes > bench_nms.CLASSES else "random"
+        return functools.partial(bench_nms.torchvision_function(variant, kind), *arguments)
 
     return functools.partial(getattr(retinanet_ext, variant), *arguments), peer, bench_nms.agree, count, 28 * count
 
@@ -207,6 +207,9 @@ CURVES = {
     "multilevel_focal_loss, forward and backward, 64 x 64, 80 classes": Curve(
         "images B", (1, 10, 100, 1000), lambda x, device: focal_of_levels(64, x, device), 100, SECONDS
     ),
+    "multilevel_focal_loss, forward and backward, 256 x 256": Curve(
+        "classes K", (1, 10, 100, 1000), lambda x, device: focal_of_levels(256, 1, device, x)
+    ),
     "assign_targets, 201,600 anchors": Curve(
         "boxes M",
         (1, 10, 100, 1000, 5000),
@@ -246,9 +249,15 @@ CURVES = {
     "batched_nms, 80 classes": Curve(
         "boxes N", (100, 1000, 10_000, 100_000), lambda x, device: suppression("batched_nms", x, device)
     ),
+    "batched_nms, 5,000 boxes": Curve(
+        "classes K", (1, 10, 100, 1000), lambda x, device: suppression("batched_nms", 5000, device, x)
+    ),
     "batched_nms_padded, 1,000 boxes an image": Curve("images B", (1, 10, 100, 1000), padded_suppression),
     "detect, 128 x 128, 80 classes": Curve(
         "images B", (1, 10, 100, 1000), lambda x, device: post_processing(128, x, 80, device)
+    ),
+    "detect, one image, 80 classes": Curve(
+        "side of the image, pixels", (64, 256, 1024, 2048), lambda x, device: post_processing(x, 1, 80, device)
     ),
     "detect, 320 x 320, one image": Curve(
         "classes K", (1, 10, 100, 1000), lambda x, device: post_processing(320, 1, x, device)

@@ -219,6 +219,8 @@ def goals(what: str, folder: Path) -> str:
         except ValueError:
             raise ReportError(f"goals: expected FILE: CASE >= NUMBER, got {entry.strip()!r}") from None
         result = one_case(name.strip(), case.strip(), folder)
+        if "torchvision" not in result["peers"]:
+            raise ReportError(f"{name.strip()}: {case.strip()!r} was not timed beside torchvision")
         own, its = result["ours"]["median"], result["peers"]["torchvision"]["median"]
         met = "met" if its / own >= wanted else "missed"
         rows.append(

@@ -121,6 +121,13 @@ def test_lockstep(run, report, tmp_path, shapes):
     assert "float64 |" in report.lockstep("some", tmp_path)
 
 
+def test_twins(run, report, tmp_path, shapes):
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    written = run("train_vs_torchvision", "--data", shapes, "--steps", "1", "--twins", *SMALL)
+    assert written["recipe"]["twins"]
+    assert "| torchvision, last places changed |" in report.twins("some", tmp_path)
+
+
 def test_at_the_same_weights(run, report, tmp_path, shapes):
     pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
     written = run("train_vs_torchvision", "--data", shapes, "--same-weights", "2", *SMALL)

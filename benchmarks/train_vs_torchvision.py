@@ -18,7 +18,7 @@ same computation, which rounding hides in float32. And
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --lockstep 20 --twins
 
 trains torchvision's model twice, the second time from weights that differ from the first's in their last place alone:
-how far rounding drives two runs of one computation apart. At last
+how far rounding drives two runs of one computation apart; without --lockstep, how far their AP. At last
 
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --same-weights 51
 

@@ -69,8 +69,7 @@ def test_the_raw_operator_has_the_wrappers_gradient():
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(raw, leaves), expected, strict=True))
 
 
-N = A * sum(height * width for height, width in SIZES)
-ZEROS = torch.zeros
+NUM_ANCHORS = A * sum(height * width for height, width in SIZES)
 
 
 @pytest.mark.parametrize(
@@ -78,29 +77,29 @@ ZEROS = torch.zeros
     [
         ({0: []}, "deltas must hold at least one level"),
         (
-            {0: [ZEROS(2, 8, 3, 4), ZEROS(2, 8, 2, 2).half()]},
+            {0: [torch.zeros(2, 8, 3, 4), torch.zeros(2, 8, 2, 2).half()]},
             "deltas must share one floating dtype; there are float32 and",
         ),
         (
-            {0: [ZEROS(2, 7, 3, 4), ZEROS(2, 8, 2, 2)]},
+            {0: [torch.zeros(2, 7, 3, 4), torch.zeros(2, 8, 2, 2)]},
             r"each level of deltas must be .* and one has shape \[2, 7, 3, 4\]",
         ),
         (
-            {0: [ZEROS(2, 8, 3, 4), ZEROS(1, 8, 2, 2)]},
+            {0: [torch.zeros(2, 8, 3, 4), torch.zeros(1, 8, 2, 2)]},
             r"deltas and matched must have one batch size; .* \[1, 8, 2, 2\]",
         ),
-        ({0: [ZEROS(2, 8, 3, 4)]}, f"matched names {N} anchors an image, and deltas hold 24"),
-        ({1: ZEROS(N, 5)}, rf"anchors must be floating, of shape \[n, 4\], and are float32 of shape \[{N}, 5\]"),
-        ({1: ZEROS(N, 4).long()}, r"anchors must be floating, of shape \[n, 4\], and are int64"),
-        ({1: ZEROS(N - 1, 4)}, r"anchors must be \[N, 4\] or \[B, N, 4\] with matched of .*, and are"),
-        ({1: ZEROS(3, N, 4)}, rf"anchors must be .*, and are \[3, {N}, 4\]"),
-        ({2: [ZEROS(3, 4)]}, "gt_boxes must be those of 2 images, and are 1"),
-        ({2: [ZEROS(3, 4), ZEROS(3)]}, r"gt_boxes must be floating, of shape \[n, 4\]"),
-        ({3: ZEROS(3, dtype=torch.int32)}, "gt_boxes must be one tensor where there are gt_offsets, and are 2"),
-        ({2: [ZEROS(6, 4)], 3: ZEROS(2, dtype=torch.int32)}, r"gt_offsets must be int32 of shape \[3\]"),
-        ({2: [ZEROS(6, 4)], 3: ZEROS(3, dtype=torch.int64)}, r"gt_offsets must be int32 of shape \[3\]"),
-        ({4: ZEROS(2, N)}, r"matched must be int64 or int32 of shape \[B, N\], and is float32"),
-        ({4: ZEROS(N).long()}, r"matched must be int64 or int32 of shape \[B, N\], and is int64 of shape"),
+        ({0: [torch.zeros(2, 8, 3, 4)]}, f"matched names {NUM_ANCHORS} anchors an image, and deltas hold 24"),
+        ({1: torch.zeros(NUM_ANCHORS, 5)}, rf"anchors must be floating, of shape \[n, 4\], and are float32 of shape \[{NUM_ANCHORS}, 5\]"),
+        ({1: torch.zeros(NUM_ANCHORS, 4).long()}, r"anchors must be floating, of shape \[n, 4\], and are int64"),
+        ({1: torch.zeros(NUM_ANCHORS - 1, 4)}, r"anchors must be \[N, 4\] or \[B, N, 4\] with matched of .*, and are"),
+        ({1: torch.zeros(3, NUM_ANCHORS, 4)}, rf"anchors must be .*, and are \[3, {NUM_ANCHORS}, 4\]"),
+        ({2: [torch.zeros(3, 4)]}, "gt_boxes must be those of 2 images, and are 1"),
+        ({2: [torch.zeros(3, 4), torch.zeros(3)]}, r"gt_boxes must be floating, of shape \[n, 4\]"),
+        ({3: torch.zeros(3, dtype=torch.int32)}, "gt_boxes must be one tensor where there are gt_offsets, and are 2"),
+        ({2: [torch.zeros(6, 4)], 3: torch.zeros(2, dtype=torch.int32)}, r"gt_offsets must be int32 of shape \[3\]"),
+        ({2: [torch.zeros(6, 4)], 3: torch.zeros(3, dtype=torch.int64)}, r"gt_offsets must be int32 of shape \[3\]"),
+        ({4: torch.zeros(2, NUM_ANCHORS)}, r"matched must be int64 or int32 of shape \[B, N\], and is float32"),
+        ({4: torch.zeros(NUM_ANCHORS).long()}, r"matched must be int64 or int32 of shape \[B, N\], and is int64 of shape"),
         ({5: torch.ones(3)}, r"normalizer must be a scalar or have shape \[2\], and has shape \[3\]"),
         ({5: torch.ones(2).double()}, "normalizer must be float32 on the device of deltas"),
         ({6: 3}, r"loss must be 0 \(l1\), 1 \(smooth_l1\) or 2 \(giou\), and is 3"),

@@ -11,9 +11,7 @@ import retinanet_ext
 
 pytest.importorskip("torchvision", reason="patches torchvision")
 
-from functorch.compile import make_boxed_func
 from peer_modules import assert_same, outcome, random_boxes, record_calls
-from torch._dynamo.backends.common import aot_autograd
 from torchvision import ops as tv_ops
 from torchvision import tv_tensors
 
@@ -320,6 +318,9 @@ def test_focal_loss_in_transforms_of_functions_is_torchvisions(calls):
 
 def compiled_with_operators(function):
     """The compiled function, and the names of the operators in the graphs that it came to."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
     names = []
 
     def note(graph, _inputs):
@@ -331,11 +332,10 @@ def compiled_with_operators(function):
 
 
 def test_compiled_focal_loss():
-    @compiled_with_operators
-    def wrapped(logits, targets):
+    def mean(logits, targets):
         return tv_ops.sigmoid_focal_loss(logits, targets, reduction="mean")
 
-    compiled, names = wrapped
+    compiled, names = compiled_with_operators(mean)
     results = []
     for function, reduction in ((compiled, {}), (ORIGINALS["sigmoid_focal_loss"], {"reduction": "mean"})):
         logits, targets = torch.linspace(-4, 4, 24).view(8, 3).requires_grad_(), torch.linspace(0, 1, 24).view(8, 3)

@@ -343,6 +343,15 @@ def test_anchors_are_cached_by_grid_and_device():
     assert torch.equal(generator((64, 96), grids), first)
 
 
+def test_anchors_that_stand_for_others_are_not_kept():
+    generator, grids = AnchorGenerator(), [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+    with torch._subclasses.FakeTensorMode():
+        assert generator((64, 96), grids).shape == (9 * 129, 4)
+    assert type(generator((64, 96), grids)) is torch.Tensor
+    assert torch.equal(generator((64, 96), grids), AnchorGenerator()((64, 96), grids))
+    assert type(generator((96, 64), [grid[::-1] for grid in grids])) is torch.Tensor
+
+
 def test_training_after_inference_mode(model, images):
     model.eval()
     with torch.inference_mode():

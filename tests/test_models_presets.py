@@ -114,6 +114,7 @@ def test_exported_grids_have_the_same_anchors(name, built):
         ({"anchor_offset": 1.0}, r"anchor_offset: expected a number in \[0, 1\), got 1.0"),
         ({"loss_normalizer": "sum"}, r"loss_normalizer: expected one of \('per_image', 'ema', .*got 'sum'"),
         ({"norm_eps": -1e-5, "norm": "frozen_batch"}, "norm_eps: expected a number above 0, or 0 .* got -1e-05"),
+        ({"norm_eps": None}, "norm_eps: expected a number above 0, or 0 .* got None"),
         ({"norm_eps": 0.0}, "norm_eps: expected a number above 0, or 0 .* got 0.0 with norm='batch'"),
         ({"backbone": "vgg16"}, "backbone: expected one of resnet18, .*got 'vgg16'"),
     ],

@@ -69,6 +69,13 @@ def cell_anchors(
     return anchors.round() if rounding == "pixels" else anchors.float()
 
 
+def _can_be_kept(tensor: Tensor) -> bool:
+    """Not what stands for a tensor while a program is exported, nor what a CUDA graph fills when it is replayed."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return type(tensor) is Tensor and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 class AnchorGenerator(nn.Module):
     """Anchors of all levels of a feature pyramid.
 
@@ -180,7 +187,10 @@ class AnchorGenerator(nn.Module):
             # anchors made in evaluation serve training too, where inference tensors cannot be saved
             with torch.inference_mode(False):
                 levels = zip(self._cells_on(torch.device(device)), grids, strides, strict=True)
-                self._cache[key] = torch.cat([self._grid_anchors(*level) for level in levels]).to(dtype)
+                anchors = torch.cat([self._grid_anchors(*level) for level in levels]).to(dtype)
+            if not _can_be_kept(anchors):
+                return anchors
+            self._cache[key] = anchors
             if len(self._cache) > _CACHED_GRIDS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
@@ -189,9 +199,12 @@ class AnchorGenerator(nn.Module):
     def _cells_on(self, device: torch.device) -> list[Tensor]:
         """What `_grid_anchors` starts from, where the anchors are wanted: images of a new size then copy nothing from
         the host, which would wait for the device."""
-        if device not in self._cells:
-            self._cells[device] = [cell.to(device) for cell in self.cell_anchors()]
-        return self._cells[device]
+        if device in self._cells:
+            return self._cells[device]
+        cells = [cell.to(device) for cell in self.cell_anchors()]
+        if _can_be_kept(cells[0]):
+            self._cells[device] = cells
+        return cells
 
     def _grid_anchors(self, cell: Tensor, grid: tuple[int, int], stride: tuple[float, float]) -> Tensor:
         """float32 ``[H * W * A, 4]`` of one level."""

@@ -129,10 +129,11 @@ class RetinaNetConfig:
             raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
         if self.norm not in NORMS:
             raise ValueError(f"norm: expected one of {tuple(NORMS)}, got {self.norm!r}")
-        if not 0 <= self.norm_eps < float("inf") or (self.norm_eps == 0 and self.norm != "frozen_batch"):
+        is_number = isinstance(self.norm_eps, (int, float)) and 0 <= self.norm_eps < float("inf")
+        if not is_number or (self.norm_eps == 0 and self.norm != "frozen_batch"):
             raise ValueError(
                 f'norm_eps: expected a number above 0, or 0 with norm="frozen_batch", '
-                f"got {self.norm_eps} with norm={self.norm!r}"
+                f"got {self.norm_eps!r} with norm={self.norm!r}"
             )
         for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
             if getattr(self, name) is None:

@@ -254,7 +254,7 @@ def make_resnet(name: str, norm: str = "batch", stride_in_1x1: bool = False, nor
         name: one of `BACKBONES`.
         norm: one of `NORMS`.
         stride_in_1x1: see `ResNet`.
-        norm_eps: what the normalisation adds to the variance.
+        norm_eps: what the normalisation adds to the variance; 0 with "frozen_batch" alone.
 
     Raises:
         ValueError: another name or norm.
