@@ -337,15 +337,11 @@ def reference(what: str, folder: Path) -> str:
     differences = [
         f"{images[key]:.1e}" for key in ("largest_difference_of_a_coordinate", "largest_difference_of_a_score")
     ]
-    forward = "matching and both losses of a batch, forward, median"
-    if "loss_seconds_median" in steps:  # a run of before, which timed the forward pass alone
-        timed = {forward: steps["loss_seconds_median"]}
-    else:
-        timed = {
-            forward: steps["loss_forward_seconds_median"],
-            "their backward pass, median": steps["loss_backward_seconds_median"],
-            "a whole training step, median": steps["step_seconds_median"],
-        }
+    timed = {
+        "matching and both losses of a batch, forward, median": steps["loss_forward_seconds_median"],
+        "their backward pass, median": steps["loss_backward_seconds_median"],
+        "a whole training step, median": steps["step_seconds_median"],
+    }
     rows = [
         *(beside(label, seconds) for label, seconds in timed.items()),
         beside("post-processing of an image, median", images["postprocess_seconds_median"]),

@@ -89,7 +89,10 @@ NUM_ANCHORS = A * sum(height * width for height, width in SIZES)
             r"deltas and matched must have one batch size; .* \[1, 8, 2, 2\]",
         ),
         ({0: [torch.zeros(2, 8, 3, 4)]}, f"matched names {NUM_ANCHORS} anchors an image, and deltas hold 24"),
-        ({1: torch.zeros(NUM_ANCHORS, 5)}, rf"anchors must be floating, of shape \[n, 4\], and are float32 of shape \[{NUM_ANCHORS}, 5\]"),
+        (
+            {1: torch.zeros(NUM_ANCHORS, 5)},
+            rf"anchors must be floating, of shape \[n, 4\], and are float32 of shape \[{NUM_ANCHORS}, 5\]",
+        ),
         ({1: torch.zeros(NUM_ANCHORS, 4).long()}, r"anchors must be floating, of shape \[n, 4\], and are int64"),
         ({1: torch.zeros(NUM_ANCHORS - 1, 4)}, r"anchors must be \[N, 4\] or \[B, N, 4\] with matched of .*, and are"),
         ({1: torch.zeros(3, NUM_ANCHORS, 4)}, rf"anchors must be .*, and are \[3, {NUM_ANCHORS}, 4\]"),
@@ -99,7 +102,10 @@ NUM_ANCHORS = A * sum(height * width for height, width in SIZES)
         ({2: [torch.zeros(6, 4)], 3: torch.zeros(2, dtype=torch.int32)}, r"gt_offsets must be int32 of shape \[3\]"),
         ({2: [torch.zeros(6, 4)], 3: torch.zeros(3, dtype=torch.int64)}, r"gt_offsets must be int32 of shape \[3\]"),
         ({4: torch.zeros(2, NUM_ANCHORS)}, r"matched must be int64 or int32 of shape \[B, N\], and is float32"),
-        ({4: torch.zeros(NUM_ANCHORS).long()}, r"matched must be int64 or int32 of shape \[B, N\], and is int64 of shape"),
+        (
+            {4: torch.zeros(NUM_ANCHORS).long()},
+            r"matched must be int64 or int32 of shape \[B, N\], and is int64 of shape",
+        ),
         ({5: torch.ones(3)}, r"normalizer must be a scalar or have shape \[2\], and has shape \[3\]"),
         ({5: torch.ones(2).double()}, "normalizer must be float32 on the device of deltas"),
         ({6: 3}, r"loss must be 0 \(l1\), 1 \(smooth_l1\) or 2 \(giou\), and is 3"),
