@@ -67,7 +67,7 @@ def _gradients(grad: Tensor, boxes1: Tensor, boxes2: Tensor, fmt: str) -> tuple[
     first_low, first_high = low1[..., None, :], high1[..., None, :]
     second_low, second_high = low2[..., None, :, :], high2[..., None, :, :]
     overlap = torch.minimum(first_high, second_high) - torch.maximum(first_low, second_low)
-    sides = overlap.clamp(min=0)
+    sides = reference.anchor_match.at_least(overlap, 0)
     intersection = sides[..., 0] * sides[..., 1]
     area1, area2 = size1[..., 0] * size1[..., 1], size2[..., 0] * size2[..., 1]
     union = area1[..., None] + area2[..., None, :] - intersection

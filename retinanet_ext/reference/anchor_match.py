@@ -37,6 +37,17 @@ class AssignedTargets(NamedTuple):
     num_foreground: Tensor
 
 
+def at_least(values: Tensor, limit: float) -> Tensor:
+    """``clamp(min=limit)`` whose derivative at the limit is 1, as the compiled operators and torch 2.13 have it. (Torch
+    2.15 has 0.)"""
+    return torch.where(values >= limit, values, values.detach().clamp(min=limit))
+
+
+def at_most(values: Tensor, limit: float) -> Tensor:
+    """``clamp(max=limit)``, likewise."""
+    return torch.where(values <= limit, values, values.detach().clamp(max=limit))
+
+
 def upcast(boxes: Tensor) -> Tensor:
     """Boxes in the type to compute in: float32 for halves, int32 for small integers, else their own."""
     if boxes.dtype in (torch.float32, torch.float64, torch.int32, torch.int64):
@@ -67,7 +78,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
     area1, area2 = size1[..., 0] * size1[..., 1], size2[..., 0] * size2[..., 1]
 
     overlap = torch.min(hi1[..., None, :], hi2[..., None, :, :]) - torch.max(lo1[..., None, :], lo2[..., None, :, :])
-    overlap = overlap.clamp(min=0)
+    overlap = at_least(overlap, 0)
     intersection = overlap[..., 0] * overlap[..., 1]
     union = area1[..., None] + area2[..., None, :] - intersection
     return intersection / union
@@ -260,7 +271,7 @@ def decode_boxes(
 
     center_x = dx / wx * sizes[..., 0] + centers[..., 0]
     center_y = dy / wy * sizes[..., 1] + centers[..., 1]
-    half_w = 0.5 * (torch.exp((dw / ww).clamp(max=clip)) * sizes[..., 0])
-    half_h = 0.5 * (torch.exp((dh / wh).clamp(max=clip)) * sizes[..., 1])
+    half_w = 0.5 * (torch.exp(at_most(dw / ww, clip)) * sizes[..., 0])
+    half_h = 0.5 * (torch.exp(at_most(dh / wh, clip)) * sizes[..., 1])
     corners = (center_x - half_w, center_y - half_h, center_x + half_w, center_y + half_h)
     return torch.stack(corners, dim=-1).to(dtype)

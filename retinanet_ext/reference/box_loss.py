@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .anchor_match import decode_boxes, encode_boxes, split_packed
+from .anchor_match import at_least, decode_boxes, encode_boxes, split_packed
 from .focal_loss import anchor_rows, compute_dtype
 
 
@@ -16,7 +16,7 @@ def _giou_loss(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
     """1 - GIoU of each pair of rows (Rezatofighi et al., 2019), ``[n, 4]`` and ``[n, 4]`` to ``[n]``."""
     sizes1, sizes2 = boxes1[:, 2:] - boxes1[:, :2], boxes2[:, 2:] - boxes2[:, :2]
     overlap = torch.min(boxes1[:, 2:], boxes2[:, 2:]) - torch.max(boxes1[:, :2], boxes2[:, :2])
-    overlap = overlap.clamp(min=0)
+    overlap = at_least(overlap, 0)
     hull = torch.max(boxes1[:, 2:], boxes2[:, 2:]) - torch.min(boxes1[:, :2], boxes2[:, :2])
 
     intersection = overlap.prod(dim=1)
