@@ -170,6 +170,21 @@ def test_anchors_of_each_image(emulator):
     check(emulator, anchors, [random_boxes(12), random_boxes(0), random_boxes(33)])
 
 
+@pytest.mark.parametrize("images_per_launch", [1, 2])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_images_of_several_launches(emulator, per_image, images_per_launch):
+    """Each launch has a table of its own images; a third one has fewer than the others."""
+    anchors = grid_anchors()
+    if per_image:
+        anchors = torch.stack([anchors + 3 * image for image in range(5)])
+    boxes = [random_boxes(count, seed=count) for count in (12, 0, 35, 4, 7)]
+    ignore = [torch.arange(len(image)) % 4 == 3 for image in boxes]
+    expected = check(
+        emulator, anchors, boxes, ignore=ignore, schedules=SCHEDULES[2:3], images_per_launch=images_per_launch
+    )
+    assert (expected.num_foreground[[0, 2, 3, 4]] > 0).all()
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 127, 128, 129, 1025])
 def test_numbers_of_anchors(emulator, count):
     """Lanes, tiles, warps and blocks that are not full; results of an image that begin anywhere."""

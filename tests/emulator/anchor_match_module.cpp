@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -28,6 +29,7 @@ struct Options {
   double min_pos_iou;
   bool low_quality;
   int policy;
+  int images_per_launch;
   int shift;  // int32s between the beginning of an allocation and that of the results
   emulator::Schedule schedule;
 };
@@ -51,15 +53,15 @@ py::tuple run(const py::array& anchors, const Arrays& boxes, const Arrays& label
   args.low_quality = options.low_quality;
   args.policy = static_cast<MatchPolicy>(options.policy);
   if (offsets) args.offsets = device.add<int32_t>(*offsets);
+  std::vector<MatchImageMemory> images;
   int32_t rows = 0;
   for (std::size_t i = 0; i < boxes.size(); ++i) {
-    args.images[i] = {device.add<T>(boxes[i]), labels.empty() ? nullptr : device.add<void>(labels[i]),
+    images.push_back({device.add<T>(boxes[i]), labels.empty() ? nullptr : device.add<void>(labels[i]),
                       ignore.empty() ? nullptr : device.add<bool>(ignore[i]), rows,
-                      static_cast<int32_t>(boxes[i].shape(0))};
-    rows += args.images[i].count;
+                      static_cast<int32_t>(boxes[i].shape(0))});
+    rows += images.back().count;
   }
   args.wide_labels = !labels.empty() && labels[0].itemsize() == sizeof(int64_t);
-  args.num_images = static_cast<int>(batch);
 
   const int64_t sets = per_image ? batch : 1;
   args.bounds = device.room<TileBounds<T>>(sets * args.tiles);
@@ -72,11 +74,20 @@ py::tuple run(const py::array& anchors, const Arrays& boxes, const Arrays& label
 
   emulator::Machine& machine = emulator::Machine::get();
   machine.run(2, kMatchThreads, options.schedule, [&] { anchor_tiles_kernel<T>(args, sets, rows, batch); });
-  const int blocks = (args.tiles + kMatchWarps - 1) / kMatchWarps * args.num_images;
-  machine.run(blocks, kMatchThreads, options.schedule, [&] { anchor_match_kernel<T>(args); });
-  if (options.low_quality) {
-    machine.run(blocks, kMatchThreads, options.schedule, [&] { anchor_restore_kernel<T>(args); });
-  }
+  // A kernel over all images, as many at a time as a launch takes: packed boxes have one entry for all.
+  const auto run_over_images = [&](const auto& kernel) {
+    const int64_t step = offsets ? batch : options.images_per_launch;
+    for (int64_t first = 0; first < batch; first += step) {
+      args.first_image = static_cast<int>(first);
+      args.num_images = static_cast<int>(std::min(step, batch - first));
+      const auto begin = images.begin() + first;
+      std::copy(begin, offsets ? images.end() : begin + args.num_images, args.images);
+      const int blocks = (args.tiles + kMatchWarps - 1) / kMatchWarps * args.num_images;
+      machine.run(blocks, kMatchThreads, options.schedule, kernel);
+    }
+  };
+  run_over_images([&] { anchor_match_kernel<T>(args); });
+  if (options.low_quality) run_over_images([&] { anchor_restore_kernel<T>(args); });
   py::object labels_result = py::none();
   py::object foreground_result = py::none();
   if (!labels.empty()) {
@@ -96,16 +107,16 @@ PYBIND11_MODULE(_anchor_match_emulator, m) {
       "match",
       [](const py::array& anchors, const Arrays& boxes, const Arrays& labels, const Arrays& ignore,
          const std::optional<py::array_t<int32_t>>& offsets, double fg_iou_thresh, double bg_iou_thresh,
-         bool low_quality, int policy, double min_pos_iou, int shift, const std::string& order, uint64_t seed,
-         int live_blocks) {
-        const Options options{fg_iou_thresh, bg_iou_thresh, min_pos_iou,
-                              low_quality,   policy,        shift,
-                              {order_of(order), seed, live_blocks}};
+         bool low_quality, int policy, double min_pos_iou, int images_per_launch, int shift,
+         const std::string& order, uint64_t seed, int live_blocks) {
+        const Options options{fg_iou_thresh, bg_iou_thresh,     min_pos_iou, low_quality,
+                              policy,        images_per_launch, shift,       {order_of(order), seed, live_blocks}};
         return anchors.itemsize() == sizeof(float) ? run<float>(anchors, boxes, labels, ignore, offsets, options)
                                                    : run<double>(anchors, boxes, labels, ignore, offsets, options);
       },
       py::arg("anchors"), py::arg("boxes"), py::kw_only(), py::arg("labels") = Arrays(), py::arg("ignore") = Arrays(),
       py::arg("offsets") = py::none(), py::arg("fg_iou_thresh") = 0.5, py::arg("bg_iou_thresh") = 0.4,
-      py::arg("low_quality") = true, py::arg("policy") = 0, py::arg("min_pos_iou") = 0.0, py::arg("shift") = 0,
+      py::arg("low_quality") = true, py::arg("policy") = 0, py::arg("min_pos_iou") = 0.0,
+      py::arg("images_per_launch") = kMatchMaxImages, py::arg("shift") = 0,
       py::arg("order") = "forward", py::arg("seed") = 0, py::arg("live_blocks") = 1);
 }
