@@ -110,14 +110,14 @@ class ImageTransform(nn.Module):
             min_size = self.min_size[int(torch.randint(len(self.min_size), ()))]
         height, width = image.shape[-2:]
         scale = min(min_size / min(height, width), self.max_size / max(height, width))
-        if min(math.floor(height * scale), math.floor(width * scale)) < 1:
+        size = (math.floor(height * scale), math.floor(width * scale))
+        if min(size) < 1:
             raise ValueError(
                 f"images: expected sides that stay at least one pixel when the longer one is at most "
                 f"{self.max_size}, got an image of {height} x {width}"
             )
-        return F.interpolate(
-            image[None], scale_factor=scale, mode="bilinear", recompute_scale_factor=True, align_corners=False
-        )[0]
+        # By its size, not by `scale`, of which torch 2.15 does not compile a second size of images.
+        return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
     def extra_repr(self) -> str:
         return (
