@@ -17,7 +17,7 @@ LOGARITHMIC = 4.0
 def plot_results(results_csv: Path, steps_csv: Path, path: Path) -> None:
     """Losses, foreground anchors, learning rate and validation of a run, from its csv files."""
     steps, epochs = _columns(steps_csv), _columns(results_csv)
-    figure, axes = new_figure(13, 6.5, rows=2, columns=3)
+    figure, axes = new_figure(13, 7, rows=2, columns=3)
     _plot_loss(axes[0, 0], steps, epochs, "classification", "tab:blue")
     _plot_loss(axes[0, 1], steps, epochs, "bbox_regression", "tab:orange")
     _plot_validation(axes[0, 2], epochs, "AP by IoU", ("AP", "AP50", "AP75"))
@@ -50,19 +50,21 @@ def _plot_loss(axes, steps: dict[str, np.ndarray], epochs: dict[str, np.ndarray]
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")  # a loss falls
 
 
 def _plot_validation(axes, epochs: dict[str, np.ndarray], title: str, names: tuple[str, ...]) -> None:
-    """Figures of the validation over the epochs, each with its last value."""
+    """Figures of the validation over the epochs, and the last of each."""
     for name, marker in zip(names, "os^d", strict=False):
         known = np.flatnonzero(~np.isnan(epochs[name]))
         last = f"  {epochs[name][known[-1]]:.3f}" if known.size else "  -"
         axes.plot(epochs["epoch"][known], epochs[name][known], marker=marker, markersize=4, label=name + last)
     end = max(1.0, epochs["epoch"].max(initial=1.0))
-    axes.set(title=title, xlabel="epoch", xlim=(0.5, end + 0.5), ylim=(0, 1))
+    axes.set(title=f"{title} (below: last)", xlabel="epoch", xlim=(0.5, end + 0.5), ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, title="last")
+    # Below the axes: over curves that end anywhere no corner is free.
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "borderaxespad": 0, "ncols": len(names)}
+    axes.legend(frameon=False, fontsize="small", handlelength=1.5, columnspacing=1, **below)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
