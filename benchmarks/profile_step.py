@@ -66,11 +66,13 @@ class Parts:
         self.watch = Stopwatch(device)
         self.marks: list[tuple[str, float | torch.cuda.Event]] = []
         self.gradient_is_due = False
-        for name in ("transform", "backbone", "head"):
-            module = getattr(model, name)
-            label = {"transform": "resize and batch", "backbone": "backbone and pyramid", "head": "subnets"}[name]
-            module.register_forward_hook(lambda *_, label=label: self.mark(label))
-        model.head.register_forward_hook(self._watch_gradients)
+        ends = {"resize and batch": [model.transform], "backbone and pyramid": [model.backbone]}
+        ends["subnets"] = ends_of_subnets(model)
+        for label, modules in ends.items():
+            for module in modules:
+                module.register_forward_hook(lambda *_, label=label: self.mark(label))
+        for module in ends["subnets"]:
+            module.register_forward_hook(self._watch_gradients)
 
     def begin(self) -> None:
         self.marks = []
@@ -82,9 +84,11 @@ class Parts:
             self.marks.append((label, self.watch.now()))
 
     def seconds(self) -> dict[str, float]:
-        """By part, in the order of their ends."""
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        return {label: self.watch.seconds(begin, end) for (_, begin), (label, end) in pairs}
+        """By part, in the order of their ends; one that ends several times has all of these spans."""
+        spans = defaultdict(float)
+        for (_, begin), (label, end) in zip(self.marks, self.marks[1:], strict=False):
+            spans[label] += self.watch.seconds(begin, end)
+        return dict(spans)
 
     def _watch_gradients(self, _module, _inputs, outputs) -> None:
         self.gradient_is_due = True
@@ -96,6 +100,14 @@ class Parts:
         if self.gradient_is_due:
             self.gradient_is_due = False
             self.mark("backward of the losses")
+
+
+def ends_of_subnets(model: nn.Module) -> list[nn.Module]:
+    """The modules whose last call ends the subnets. An accelerated model calls the layers of its head, and leaves a
+    head that has a hook to torchvision's code."""
+    if hasattr(type(model), "accelerated_from"):
+        return [model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg]
+    return [model.head]
 
 
 def tensors_of(outputs) -> list[Tensor]:
