@@ -65,6 +65,7 @@ def test_loader(compare, device, timed, shapes, case):
         transform=Compose(transforms),
         workers=workers if timed else 0,
         pin_memory=device.type == "cuda",
+        as_bytes=True,
     )
     batches = endless(loader)
     count = BATCHES if timed else 1

@@ -102,6 +102,36 @@ def test_samples_do_not_depend_on_workers(shapes):
     assert [a[0] for a in passes[0][0]] != [a[0] for a in passes[0][1]]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("jitter", [False, True])
+def test_images_of_bytes_are_the_same_images(shapes, workers, jitter):
+    transforms = [RandomHorizontalFlip(), RandomVerticalFlip(), *[ScaleJitter(0.5, 1.5)] * jitter]
+    options = {"train": True, "transform": Compose(transforms), "seed": 5}
+    loaders = make_loader(shapes, 2, **options), make_loader(shapes, 2, **options, workers=workers, as_bytes=True)
+    for plain, batch in zip(*loaders, strict=True):
+        assert {image.dtype for image in plain.images} == {torch.float32}
+        assert {image.dtype for image in batch.images} == {torch.float32 if jitter else torch.uint8}
+        for mine, right in zip(batch.images_on("cpu"), plain.images, strict=True):
+            assert mine.max() > 0.5
+            assert torch.equal(mine, right)
+
+
+def test_transforms_see_bytes_only_where_they_say_so(shapes):
+    seen = []
+
+    def stranger(image, target, rng):
+        seen.append(image.dtype)
+        return image, target
+
+    next(iter(make_loader(shapes, 1, train=False, transform=stranger, as_bytes=True)))
+    stranger.takes_bytes = True
+    next(iter(make_loader(shapes, 1, train=False, transform=stranger, as_bytes=True)))
+    assert seen == [torch.float32, torch.uint8]
+    assert {image.dtype for image in next(iter(make_loader(shapes, 1, train=False, as_bytes=True))).images} == {
+        torch.uint8
+    }
+
+
 def test_processes_share_every_training_batch(shapes):
     whole = make_loader(shapes, 3, train=True, seed=5)
     shares = [make_loader(shapes, 3, train=True, seed=5, rank=rank, world_size=2) for rank in range(2)]

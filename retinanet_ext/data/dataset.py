@@ -132,6 +132,11 @@ class DetectionDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        image, target = self.read(index)
+        return to_unit(image), target
+
+    def read(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        """`self[index]`, but that the image is uint8 where its file holds bytes."""
         record = self.records[index]
         image = to_tensor(read_image(record.path, upright=record.upright))
         if tuple(image.shape[1:]) != (record.height, record.width):
@@ -247,11 +252,20 @@ def _deep_grey(image) -> np.ndarray:
 
 
 def to_tensor(image) -> Tensor:
-    """A Pillow image as a float32 tensor [3, H, W] in 0..1 (grey is repeated)."""
+    """A Pillow image as a tensor [3, H, W] (grey is repeated): uint8, or of mode "F" float32 in 0..1."""
     pixels = np.array(image)
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[:, :, None], 3, axis=2)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32).div_(255.0)
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return pixels.div_(255.0) if pixels.is_floating_point() else pixels
+
+
+def to_unit(image: Tensor) -> Tensor:
+    """A uint8 image as float32 in 0..1; a floating one as it is."""
+    if image.is_floating_point():
+        return image
+    # By a tensor: CUDA divides by a number of the host through its reciprocal, to other last bits than the CPU.
+    return image.to(torch.float32).div_(torch.full((), 255.0, device=image.device))
 
 
 def check_images(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .dataset import DetectionDataset, Problem, UnreadableImageError
-from .transforms import Transform, order_rng, sample_rng
+from .dataset import DetectionDataset, Problem, UnreadableImageError, to_unit
+from .transforms import Transform, order_rng, sample_rng, takes_bytes
 
 # Batches that each worker has ready or at work: one slow image holds nothing up.
 PREFETCH = 3
@@ -23,20 +23,33 @@ Key = tuple[int, int]
 
 
 class Batch(NamedTuple):
-    """Images [3, H, W] of any sizes with their targets, and the problems of the samples that are missing."""
+    """Images [3, H, W] of any sizes with their targets, and the problems of the samples that are missing.
+
+    Images are float32 in 0..1; of a loader with `as_bytes` uint8, where no transform needs more.
+    """
 
     images: list[Tensor]
     targets: list[dict[str, Any]]
     problems: list[Problem]
 
+    def images_on(self, device: torch.device | str) -> list[Tensor]:
+        """The images on `device`, in 0..1; they cross as they are."""
+        return [to_unit(image.to(device, non_blocking=True)) for image in self.images]
+
 
 class SampleView(Dataset):
-    """A data set with transforms drawn from (seed, epoch, index); a broken image gives its Problem."""
+    """A data set with transforms drawn from (seed, epoch, index); a broken image gives its Problem.
 
-    def __init__(self, dataset: DetectionDataset, transform: Transform | None = None, seed: int = 0):
+    With `as_bytes` images stay uint8, unless the transform wants them in 0..1.
+    """
+
+    def __init__(
+        self, dataset: DetectionDataset, transform: Transform | None = None, seed: int = 0, as_bytes: bool = False
+    ):
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
+        self.as_bytes = as_bytes and (transform is None or takes_bytes(transform))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -44,7 +57,7 @@ class SampleView(Dataset):
     def __getitem__(self, key: Key) -> tuple[Tensor, dict[str, Any]] | Problem:
         epoch, index = key
         try:
-            image, target = self.dataset[index]
+            image, target = self.dataset.read(index) if self.as_bytes else self.dataset[index]
         except UnreadableImageError as error:
             return error.problem
         if self.transform is None:
@@ -148,6 +161,7 @@ def make_loader(
     seed: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    as_bytes: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> EpochLoader:
@@ -155,7 +169,8 @@ def make_loader(
 
     (With fewer images than `batch_size` the one short batch is kept.) Process `rank` of `world_size` gets its share:
     in training, of every batch of `batch_size` images; in evaluation, every `world_size`-th batch. Workers stay for all
-    passes of a training loader.
+    passes of a training loader. `as_bytes` leaves images uint8, a quarter of the memory that workers write and devices
+    are sent, where every transform takes them (flips do, scale jitter does not): `Batch.images_on` has them in 0..1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
@@ -166,7 +181,7 @@ def make_loader(
     else:
         batches = EvaluationBatches(len(dataset), batch_size, rank, world_size)
     loader = DataLoader(
-        SampleView(dataset, transform, seed),
+        SampleView(dataset, transform, seed, as_bytes),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,

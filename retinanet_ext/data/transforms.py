@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 Target = dict[str, Any]
+# Of a float32 image in 0..1; of one of uint8 too where the transform says so by an attribute `takes_bytes`, True.
 Transform = Callable[[Tensor, Target, np.random.Generator], tuple[Tensor, Target]]
+
+
+def takes_bytes(transform: Transform) -> bool:
+    return getattr(transform, "takes_bytes", False)
 
 
 # First words of the generators' seeds: they keep samples and orders from sharing random numbers.
@@ -50,6 +55,8 @@ def vertical_flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 class RandomHorizontalFlip:
     """`horizontal_flip` with probability `p`."""
 
+    takes_bytes = True
+
     def __init__(self, p: float = 0.5):
         self.p = _probability(p)
 
@@ -59,6 +66,8 @@ class RandomHorizontalFlip:
 
 class RandomVerticalFlip:
     """`vertical_flip` with probability `p`."""
+
+    takes_bytes = True
 
     def __init__(self, p: float = 0.5):
         self.p = _probability(p)
@@ -136,6 +145,10 @@ class Compose:
 
     def __init__(self, transforms: Sequence[Transform]):
         self.transforms = list(transforms)
+
+    @property
+    def takes_bytes(self) -> bool:
+        return all(map(takes_bytes, self.transforms))
 
     def __call__(self, image: Tensor, target: Target, rng: np.random.Generator) -> tuple[Tensor, Target]:
         for transform in self.transforms:

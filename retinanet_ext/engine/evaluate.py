@@ -76,6 +76,7 @@ def predict_dataset(
         train=False,
         workers=workers,
         pin_memory=device.type == "cuda",
+        as_bytes=True,
         rank=rank,
         world_size=world_size,
     )
@@ -87,7 +88,7 @@ def predict_dataset(
         problems.extend(batch.problems)
         if not batch.images:
             continue
-        images = [image.to(device, non_blocking=True) for image in batch.images]
+        images = batch.images_on(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             outputs, of_batch = detect_with_losses(model, images, batch.targets)
         losses.add(of_batch, len(images), model)

@@ -36,7 +36,7 @@ class Losses(nn.Module):
 
     def prepare(self, batch: Batch, device: torch.device) -> tuple[Any, ...]:
         """What `forward` takes, on `device`."""
-        images = [image.to(device, non_blocking=True) for image in batch.images]
+        images = batch.images_on(device)
         targets = [
             {k: v.to(device, non_blocking=True) for k, v in target.items() if isinstance(v, Tensor)}
             for target in batch.targets
@@ -93,10 +93,10 @@ class PackedLosses(Losses):
     def prepare(self, batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
         """Images [B, 3, H, W] as the network takes them, anchors [N, 4], and boxes [capacity, 4], labels, ignore
         [capacity], offsets [B + 1]: image b has the rows `offsets[b]:offsets[b + 1]`."""
-        images = check_images(batch.images)
+        images = check_images(batch.images_on(device))
         targets = [{k: v for k, v in target.items() if isinstance(v, Tensor)} for target in batch.targets]
         check_targets(targets, images, self.model.num_classes)
-        transformed = self.model.transform([image.to(device, non_blocking=True) for image in images])
+        transformed = self.model.transform(images)
         height, width = (-side % self.side for side in transformed.tensor.shape[-2:])
         pixels = nn.functional.pad(transformed.tensor, (0, width, 0, height)) if height or width else transformed.tensor
         dtype = torch.promote_types(pixels.dtype, torch.float32)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from retinanet_ext.data import Problem, UnreadableImageError
-from retinanet_ext.data.dataset import read_image, to_tensor
+from retinanet_ext.data.dataset import read_image, to_tensor, to_unit
 from retinanet_ext.data.voc import IMAGE_SUFFIXES
 
 from .drawing import Box, draw_boxes, save_picture
@@ -91,7 +91,7 @@ def predict_files(
             continue
         tensor = to_tensor(picture)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-            output = model([tensor.to(device)])[0]
+            output = model([to_unit(tensor.to(device))])[0]
         images.append({"id": number, "file_name": str(path), "width": tensor.shape[2], "height": tensor.shape[1]})
         boxes = detected_boxes(output, class_names)
         for box in boxes:

@@ -142,6 +142,7 @@ class Training:
             seed=config.seed,
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            as_bytes=True,
             rank=self.world.rank,
             world_size=self.world.size,
         )
