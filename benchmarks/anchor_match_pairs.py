@@ -1,6 +1,7 @@
 """Counts what anchor matching looks at: pairs of a tile and a box, and of an anchor and a box, in each pass.
 
     python benchmarks/anchor_match_pairs.py
+    python benchmarks/anchor_match_pairs.py --output out.json
 
 Walks the tiles as the CPU kernel does on one thread, with the bound of csrc/anchor_match/anchor_match_math.h, and
 counts in place of timing: what it prints is the same on every machine.
@@ -8,8 +9,12 @@ counts in place of timing: what it prints is the same on every machine.
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import torch
 from bench_anchor_match import CASES, make_case
+from results_file import origin, write_results
 
 from retinanet_ext import box_iou
 
@@ -42,14 +47,27 @@ def count_pairs(anchors: torch.Tensor, boxes: torch.Tensor) -> dict[str, float]:
     for tile, area in zip(tiles, areas, strict=True):
         second += len(tile) * may_reach(tile, area, boxes, best).sum().item()
     pairs = len(anchors) * len(boxes)
-    return {"overlap the tile": touching / pairs, "first pass": first / pairs, "second pass": second / pairs}
+    return {"the box meets the tile": touching / pairs, "first pass": first / pairs, "second pass": second / pairs}
+
+
+def images(cases: dict[str, tuple]) -> list[tuple[tuple[int, int], int]]:
+    """Image and number of boxes of the benchmark's cases, each once, those of ragged batches left out."""
+    return list(dict.fromkeys((image, count) for image, _, count in cases.values() if count != "ragged"))
 
 
 def main() -> None:
-    for name, case in CASES.items():
-        anchors, boxes, _ = make_case(case, torch.device("cpu"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="also write the json here")
+    arguments = parser.parse_args()
+    report = {**origin(), "pairs": []}
+    for image, count in images(CASES):
+        anchors, boxes, _ = make_case((image, 1, count), torch.device("cpu"))
         shares = count_pairs(anchors, boxes[0])
-        print(f"{name:<22}", *(f"{what} {100 * share:.2f} %" for what, share in shares.items()), sep="  ")
+        report["pairs"].append({"image": image, "anchors": len(anchors), "boxes": count, "shares": shares})
+        name = f"{image[0]}x{image[1]} M={count}"
+        print(f"{name:<16}", *(f"{what} {100 * share:.2f} %" for what, share in shares.items()), sep="  ")
+    if arguments.output is not None:
+        write_results(arguments.output, report)
 
 
 if __name__ == "__main__":

@@ -152,8 +152,12 @@ def test_train_vs_reference(run, report, tmp_path, shapes):
     assert "| a whole training step, median |" in report.reference("some", tmp_path)
 
 
-def test_anchor_match_pairs():
+def test_anchor_match_pairs(run, monkeypatch):
     pairs = importlib.import_module("anchor_match_pairs")
-    anchors, boxes, _ = pairs.make_case(((64, 96), 1, 5), pairs.torch.device("cpu"))
-    shares = pairs.count_pairs(anchors, boxes[0])
-    assert 0 < shares["second pass"] <= shares["first pass"] <= shares["overlap the tile"] <= 1
+    cases = {"one": ((64, 96), 1, 5), "several": ((64, 96), 2, 5), "ragged": ((64, 96), 2, "ragged")}
+    monkeypatch.setattr(pairs, "CASES", cases)
+    written = run("anchor_match_pairs")
+    assert has_origin(written)
+    (counted,) = written["pairs"]
+    shares = counted["shares"]
+    assert 0 < shares["second pass"] <= shares["first pass"] <= shares["the box meets the tile"] <= 1
