@@ -3,8 +3,8 @@
 Over three decades and more of it, or of the anchors, which go with the square of an image's side. `match_anchors`,
 which is `assign_targets` without its labels, has no curve of its own.
 
-Where a call of torchvision's takes seconds on the CPU it is left out, with the reason; where it runs out of memory its
-line ends, and the results say at what size.
+Where a call of torchvision's takes more than a second it is timed once. Where it would hold more memory than there is,
+or runs out of it, its line ends, and the results say at what size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import bench_multilevel_focal_loss
 import bench_nms
 import pytest
 import torch
-from peak_memory import out_of_memory
+from peak_memory import out_of_memory, system_memory
 
 import retinanet_ext
 
@@ -34,13 +34,12 @@ Side = Callable[[], object]
 @dataclass(frozen=True)
 class Curve:
     """`make(x, device)`: our call, what makes torchvision's (which may take its memory), the comparison, elements and
-    bytes."""
+    bytes. `holds(x)`: bytes that torchvision's call holds at least, where they may be more than a machine has."""
 
     axis: str
     values: tuple[int, ...]
     make: Callable[[int, torch.device], tuple[Side, Callable[[], Side], Callable, int, int]]
-    most: int | None = None  # the largest at which torchvision is timed
-    why: str = ""
+    holds: Callable[[int], int] = lambda x: 0
 
 
 def has_torchvision() -> bool:
@@ -192,7 +191,20 @@ def pairs(count: int, device: torch.device):
 
 
 COCO = (800, 1344)
-SECONDS = "a call takes seconds"
+SLOW_MS = 1000.0
+
+
+def iou_matrix(rows: int, columns: int) -> int:
+    """Bytes that torchvision's `box_iou` holds: nine float32 a pair, which are the overlap's two corners, its two sides
+    and its area, the union's area and a sum on the way to that."""
+    return 9 * 4 * rows * columns
+
+
+def anchors_of(side: int) -> int:
+    """Of a square image, nine a cell."""
+    return 9 * sum(height * width for height, width in grids_of(side))
+
+
 # By the title of the plot.
 CURVES = {
     "sigmoid_focal_loss, forward and backward, 80 classes": Curve(
@@ -204,8 +216,8 @@ CURVES = {
     "multilevel_focal_loss, forward and backward, 80 classes": Curve(
         "side of the image, pixels", (64, 256, 1024, 2048), lambda x, device: focal_of_levels(x, 1, device)
     ),
-    "multilevel_focal_loss, forward and backward, 64 x 64, 80 classes": Curve(
-        "images B", (1, 10, 100, 1000), lambda x, device: focal_of_levels(64, x, device), 100, SECONDS
+    "multilevel_focal_loss, forward and backward, 64 x 64, 20 classes": Curve(
+        "images B", (1, 10, 100, 1000), lambda x, device: focal_of_levels(64, x, device, 20)
     ),
     "multilevel_focal_loss, forward and backward, 256 x 256": Curve(
         "classes K", (1, 10, 100, 1000), lambda x, device: focal_of_levels(256, 1, device, x)
@@ -214,18 +226,16 @@ CURVES = {
         "boxes M",
         (1, 10, 100, 1000, 5000),
         lambda x, device: matching(COCO, x, device),
-        100,
-        f"{SECONDS} from 1,000 boxes on",
+        lambda x: iou_matrix(201_600, x),
     ),
     "assign_targets, 50 boxes": Curve(
         "side of the image, pixels",
         (64, 256, 1024, 4096),
         lambda x, device: matching((x, x), 50, device),
-        1024,
-        SECONDS,
+        lambda x: iou_matrix(anchors_of(x), 50),
     ),
     "assign_targets, 128 x 128, 50 boxes an image": Curve(
-        "images B", (1, 10, 100, 1000), lambda x, device: matching((128, 128), 50, device, batch=x), 100, SECONDS
+        "images B", (1, 10, 100, 1000), lambda x, device: matching((128, 128), 50, device, batch=x)
     ),
     "box_regression_loss, forward and backward": Curve(
         "side of the image, pixels", (64, 256, 1024, 4096), lambda x, device: box_loss(grids_of(x), 1, device)
@@ -242,10 +252,8 @@ CURVES = {
     "decode_boxes": Curve(
         "boxes N", (100, 1000, 10_000, 100_000, 1_000_000), lambda x, device: coding("decode", x, device)
     ),
-    "box_iou, N x N": Curve("boxes N", (10, 100, 1000, 10_000), pairs),
-    "nms": Curve(
-        "boxes N", (100, 1000, 10_000, 100_000), lambda x, device: suppression("nms", x, device), 10_000, SECONDS
-    ),
+    "box_iou, N x N": Curve("boxes N", (10, 100, 1000, 10_000), pairs, lambda x: iou_matrix(x, x)),
+    "nms": Curve("boxes N", (100, 1000, 10_000, 100_000), lambda x, device: suppression("nms", x, device)),
     "batched_nms, 80 classes": Curve(
         "boxes N", (100, 1000, 10_000, 100_000), lambda x, device: suppression("batched_nms", x, device)
     ),
@@ -267,8 +275,18 @@ CURVES = {
 
 @pytest.fixture(scope="module")
 def ended() -> dict[str, str]:
-    """Curves whose peer ran out of memory, with the reason: its line ends there."""
+    """Curves whose peer ran out of memory, or would have, with the reason: its line ends there."""
     return {}
+
+
+def too_large(holds: int, at: str) -> str | None:
+    """Why a call that holds so many bytes is not tried on the CPU, or None: a system may end a process that takes more
+    than there is, without an error to catch."""
+    memory = system_memory()
+    if memory is None or holds <= memory[0]:
+        return None
+    needed, free, total = (count / 2**30 for count in (holds, *memory))
+    return f"would hold {needed:.0f} GiB at {at}: of the machine's {total:.0f} GiB {free:.0f} are free"
 
 
 def measure(compare, device, title: str, curve: Curve, x: int, ended: dict[str, str]) -> None:
@@ -279,8 +297,8 @@ def measure(compare, device, title: str, curve: Curve, x: int, ended: dict[str, 
         peer = "torchvision is not installed"
     elif title in ended:
         peer = ended[title]
-    elif device.type == "cpu" and curve.most is not None and x > curve.most:
-        peer = f"left out beyond {curve.most:,}: {curve.why}"
+    elif device.type == "cpu" and (reason := too_large(curve.holds(x), at)) is not None:
+        peer = ended[title] = reason
     else:
         try:
             peer = make_peer()
@@ -296,6 +314,7 @@ def measure(compare, device, title: str, curve: Curve, x: int, ended: dict[str, 
         elements=elements,
         bytes=bytes,
         at=at,
+        slow_ms=SLOW_MS,
         curve=title,
         axis=curve.axis,
         x=x,

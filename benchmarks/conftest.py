@@ -173,7 +173,8 @@ def compare(request, device, timed, quick, copy_bandwidth):
     """compare(case, ours, peers, agree, ...): checks that the sides agree, then times them in turns.
 
     A peer is a call, or the reason why there is none. One that runs out of memory is left out for that reason, with
-    `at`, the place on a curve. Returns the reasons by peer.
+    `at`, the place on a curve. One whose first call takes more than `slow_ms` is called once more, which is its timing
+    and its memory. Returns the reasons by peer.
     """
 
     def run(
@@ -186,11 +187,14 @@ def compare(request, device, timed, quick, copy_bandwidth):
         bytes: int,
         special_ops: float = 0.0,
         at: str = "",
+        slow_ms: float = math.inf,
         **details,
     ) -> dict[str, str]:
         running = {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
         skipped = {name: peer for name, peer in peers.items() if isinstance(peer, str)}
+        slow = {}
         for name, peer in list(running.items()):
+            begin = time.perf_counter()
             try:
                 other = peer()
             except (MemoryError, RuntimeError) as error:
@@ -199,6 +203,8 @@ def compare(request, device, timed, quick, copy_bandwidth):
                 del running[name]
                 skipped[name] = f"out of memory{f' at {at}' if at else ''}"
                 continue
+            if (time.perf_counter() - begin) * 1e3 > slow_ms:
+                slow[name] = running.pop(name)
             try:
                 agree(ours(), other)
             except AssertionError as error:
@@ -236,27 +242,40 @@ def compare(request, device, timed, quick, copy_bandwidth):
 
         # pytest-benchmark runs `setup` before every round without timing it: the sides take turns.
         request.getfixturevalue("benchmark").pedantic(our_turn, setup=peers_turn, rounds=rounds, warmup_rounds=2)
+        # A captured call has had its memory since it was captured.
+        held = {
+            name: None if hasattr(call, "captured") else peak_bytes(call, device)
+            for name, call in {"ours": ours, **running}.items()
+        }
+        timings = {name: summarise(values[2:]) for name, values in times.items()}
+        for name, peer in slow.items():
+            timings[name], held[name] = time_once(peer, clock, device)
         result = Result(
             case=case,
             device=device.type,
             ours=summarise(own_times[2:]),
-            peers={name: summarise(values[2:]) for name, values in times.items()},
+            peers=timings,
             skipped=skipped,
             elements=elements,
             bytes=bytes,
             special_ops=special_ops,
             copy_gb_per_s=copy_bandwidth,
-            # A captured call has had its memory since it was captured.
-            peak_bytes={
-                name: None if hasattr(call, "captured") else peak_bytes(call, device)
-                for name, call in {"ours": ours, **running}.items()
-            },
+            peak_bytes=held,
             details=details,
         )
         request.config.stash[RESULTS].append(result)
         return skipped
 
     return run
+
+
+def time_once(call: Callable[[], object], clock: Clock, device: torch.device) -> tuple[Timing, int | None]:
+    """One call: how long it takes, and the most that it holds."""
+    times = []
+    held = peak_bytes(lambda: times.append(clock.time(call)), device)
+    if held is None:  # nor was it called
+        times.append(clock.time(call))
+    return summarise(times), held
 
 
 def summarise(values: list[float]) -> Timing:

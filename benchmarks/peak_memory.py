@@ -1,4 +1,5 @@
-"""The most memory that a call holds at a time, beyond what was held before it; and whether it ran out of memory."""
+"""The most memory that a call holds at a time, beyond what was held before it; whether it ran out of memory; how much
+there is."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMORY = Path("/proc/meminfo")
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -30,11 +32,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # pages that were freed and kept would not count as new ones
         CLEAR_REFS.write_text("5")  # the peak begins anew
-        before = _status("VmRSS")
+        before = _bytes_of(STATUS, "VmRSS")
     except (OSError, AttributeError, TypeError):
         return None
     result = call()
-    peak = _status("VmHWM")
+    peak = _bytes_of(STATUS, "VmHWM")
     del result
     return max(0, peak - before)
 
@@ -47,5 +49,15 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _status(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
+def system_memory() -> tuple[int, int] | None:
+    """Bytes that a process may still take, and all that the machine has; None where the system does not say (only Linux
+    does)."""
+    try:
+        return _bytes_of(MEMORY, "MemAvailable"), _bytes_of(MEMORY, "MemTotal")
+    except (OSError, TypeError):
+        return None
+
+
+def _bytes_of(path: Path, field: str) -> int:
+    """Of a line "field: N kB"."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", path.read_text())[1]) * 1024
