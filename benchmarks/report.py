@@ -1,26 +1,30 @@
-"""Writes the tables and plots of docs/performance.md from the results files alone: no figure in them is typed by hand.
+"""Writes the tables and plots of docs/performance.md from json alone: no figure in them is typed by hand.
 
     python -m benchmarks.report            # writes docs/performance.md, and docs/images/scaling-*.png
     python -m benchmarks.report --check    # exit status 1 where page or plots do not say what the results files say
 
 The page holds blocks, whose first line says what belongs into them; everything else on it is prose. FILE is a name in
-benchmarks/results, without `.json`; a pattern is a shell pattern of case names.
+benchmarks/results (of rates and predictions in benchmarks/predictions), without `.json`; a pattern is a shell pattern
+of case names.
 
     <!-- cases FILE: PATTERN, PATTERN ... -->     a row a case: ours, each peer with its factor; who is absent and why
     <!-- memory FILE: PATTERN, PATTERN ... -->    a row a case: the most that a call of each side holds at a time
     <!-- images FILE: PATTERN, PATTERN ... -->    a row a case of bench_loading.py: images a second
     <!-- runs FILE, FILE ...: CASE -->            a row a run: one case in each of them, and what the machine copied
-    <!-- goals FILE: CASE >= 20; FILE: ... -->      a row a case: the factor on torchvision that was aimed at, and it
+    <!-- goals FILE: CASE >= 20; FILE: ... -->    a row a case: the factor on torchvision that was aimed at, and it
     <!-- machine FILE -->                         what it was measured on, and when
+    <!-- pairs FILE -->                           anchor_match_pairs.py: shares of the pairs that are looked at
+    <!-- rates FILE -->                           what a GPU is taken to do in a picosecond
+    <!-- predictions FILE: TABLE -->              one of the tables of a GPU's predicted times
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- twins FILE -->                           a row a side of a whole run of train_vs_torchvision.py --twins
     <!-- lockstep FILE, FILE ... -->              a column a run of train_vs_torchvision.py --lockstep
-    <!-- gradients FILE -->                      train_vs_torchvision.py --same-weights
+    <!-- gradients FILE -->                       train_vs_torchvision.py --same-weights
     <!-- reference FILE -->                       train_vs_reference.py
     <!-- profile FILE -->                         profile_step.py: the parts, by hooks
     <!-- operators FILE -->                       profile_step.py --profiler: shares by kind of operator
     <!-- evaluation FILE -->                      evaluation_speed.py
-    <!-- scaling FILE -->                         plots of bench_scaling.py, an image a curve
+    <!-- scaling FILE -->                         plots of bench_scaling.py, time and memory, an image a curve
     ...
     <!-- end -->
 
@@ -32,52 +36,21 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib.util
-import json
-import math
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from .report_models import evaluation, gradients, lockstep, operators, profile, reference, training, twins
+from .report_predictions import predictions, rates
+from .report_tables import ReportError, link, number, read, table
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
 IMAGES = HERE.parent / "docs" / "images"
 BLOCK = re.compile(r"^<!-- (?P<kind>[a-z]+) (?P<what>[^\n]*?) -->\n(?P<body>.*?)^<!-- end -->$", re.M | re.S)
-
-
-class ReportError(ValueError):
-    """A block that cannot be written, with the reason."""
-
-
-def read(name: str, folder: Path) -> dict[str, Any]:
-    path = folder / f"{name}.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ReportError(f"{path}: there is no such results file") from None
-    except ValueError as error:
-        raise ReportError(f"{path}: no results file: {error}") from None
-
-
-def number(value: float) -> str:
-    """Three digits, never in powers of ten."""
-    if value == 0:
-        return "0"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if decimals else text
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def link(name: str) -> str:
-    return f"[results](../benchmarks/results/{name}.json)"
 
 
 def chosen(report: dict[str, Any], patterns: Sequence[str], name: str) -> list[dict[str, Any]]:
@@ -171,6 +144,25 @@ def memory(what: str, folder: Path) -> str:
     return beside_ours(results, "MiB", megabytes)
 
 
+def pairs(what: str, folder: Path) -> str:
+    """Shares of the pairs of an anchor and a box, a row an image and number of boxes."""
+    name = what.strip()
+    counted = read(name, folder)["pairs"]
+    kinds = list(counted[0]["shares"])
+    rows = [
+        [
+            f"{row['image'][0]}×{row['image'][1]}, {row['anchors']:,} anchors",
+            f"{row['boxes']}",
+            *(f"{100 * row['shares'][kind]:.1f} %" for kind in kinds),
+        ]
+        for row in counted
+    ]
+    return (
+        table(["image", "boxes", f"of all pairs: {kinds[0]}", *kinds[1:]], rows)
+        + f"\nCounted, not timed: {link(name)}.\n"
+    )
+
+
 def images(what: str, folder: Path) -> str:
     rows = [
         [result["case"], number(1e3 * result["details"]["images"] / result["ours"]["median"])]
@@ -249,159 +241,6 @@ def machine(what: str, folder: Path) -> str:
     )
 
 
-def training(what: str, folder: Path) -> str:
-    runs = [(name.strip(), read(name.strip(), folder)) for name in what.split(",")]
-    sides = ("retinanet_ext", "torchvision")
-    figures = ("AP", "AP50", "seconds_per_step_median")
-    # Runs of before say neither what they trained, which was a ResNet-18, nor how much memory they held.
-    with_memory = any(run[side].get("peak_bytes") is not None for _, run in runs for side in sides)
-
-    def label(name: str, run: dict[str, Any]) -> str:
-        arch = run["recipe"].get("arch")
-        return f"{run['recipe']['seed']} ({f'{arch}, ' if arch else ''}{link(name)})"
-
-    def mebibytes(run: dict[str, Any]) -> list[str]:
-        peaks = [run[side].get("peak_bytes") for side in sides]
-        return ["" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks] if with_memory else []
-
-    rows = [
-        [label(name, run), *(f"{run[side][key]:.3f}" for key in figures for side in sides), *mebibytes(run)]
-        for name, run in runs
-    ]
-    if len(runs) > 1:
-        columns = [[run[side][key] for _, run in runs] for key in figures for side in sides]
-        empty = [""] * (2 * with_memory)
-        rows.append(["mean", *(f"{statistics.mean(values):.3f}" for values in columns), *empty])
-        rows.append(["lowest to highest", *(f"{min(values):.3f} to {max(values):.3f}" for values in columns), *empty])
-    header = [
-        "seed",
-        "AP ours",
-        "torchvision",
-        "AP50 ours",
-        "torchvision",
-        "seconds a step, median, ours",
-        "torchvision",
-        *(["peak memory, MiB, ours", "torchvision"] if with_memory else []),
-    ]
-    return "\n".join([table(header, rows), *swapped_weights([run for _, run in runs], sides)])
-
-
-def swapped_weights(runs: list[dict[str, Any]], sides: Sequence[str]) -> list[str]:
-    """A sentence on what each side's weights score in the other side's model, of the runs that have tried it."""
-    swapped = [(run, run["weights_in_the_other_model"]) for run in runs if "weights_in_the_other_model" in run]
-    tried = [(run[side], others[side]) for run, others in swapped for side in sides]
-    if not tried:
-        return []
-    largest = max(abs(own[key] - other[key]) for own, other in tried for key in ("AP", "AP50"))
-    return [f"Each side's weights scored in the other side's model: AP and AP50 differ by {largest:.4f} at most.\n"]
-
-
-def twins(what: str, folder: Path) -> str:
-    """How far two whole runs of one model end apart."""
-    report = read(what.strip(), folder)
-    figures = ("AP", "AP50", "AP75")
-    sides = {name: value for name, value in report.items() if isinstance(value, dict) and "AP" in value}
-    rows = [[name, *(f"{side[key]:.3f}" for key in figures)] for name, side in sides.items()]
-    return table([f"seed {report['recipe']['seed']}", *figures], rows)
-
-
-def lockstep(what: str, folder: Path) -> str:
-    """How far the weights of two runs are apart after some of the steps, a column a file."""
-    reports = [read(name.strip(), folder) for name in what.split(",")]
-    runs = [{row["step"]: row["difference_of_the_weights_over_their_change"] for row in r["lockstep"]} for r in reports]
-    shown = [step for step in (1, 2, 5, 10, 20, 50, 100) if any(step in run for run in runs)]
-    rows = [[f"{step}", *(f"{run[step]:.1e}" if step in run else "" for run in runs)] for step in shown]
-    return table(["after step", *(f"{' and '.join(r['sides'])}, {r['precision']}" for r in reports)], rows)
-
-
-def gradients(what: str, folder: Path) -> str:
-    """How far losses and gradients of one batch are apart at the same weights: median and most over the steps."""
-    steps = read(what.strip(), folder)["at_the_same_weights"]
-    by_loss = [step["relative_difference_of_the_losses"] for step in steps]
-    differences = {f"`{name}`": [values[name] for values in by_loss] for name in by_loss[0]}
-    differences["gradient, of its norm"] = [step["difference_of_the_gradients_over_their_norm"] for step in steps]
-    differences["norm of the gradient"] = [abs(step["ratio_of_the_norms_less_one"]) for step in steps]
-    rows = [[name, f"{statistics.median(values):.1e}", f"{max(values):.1e}"] for name, values in differences.items()]
-    return table([f"relative difference, {len(steps)} steps", "median", "most"], rows)
-
-
-def reference(what: str, folder: Path) -> str:
-    report = read(what.strip(), folder)
-    steps, images = report["training"], report["prediction"]
-
-    def beside(label: str, seconds: dict[str, float]) -> list[str]:
-        own, plain = (1e3 * seconds[side] for side in ("operators", "reference"))
-        return [label, f"{number(own)} ms", f"{number(plain)} ms ({number(plain / own)}×)"]
-
-    same = images["images_with_the_same_labels_in_the_same_order"]
-    differences = [
-        f"{images[key]:.1e}" for key in ("largest_difference_of_a_coordinate", "largest_difference_of_a_score")
-    ]
-    timed = {
-        "matching and both losses of a batch, forward, median": steps["loss_forward_seconds_median"],
-        "their backward pass, median": steps["loss_backward_seconds_median"],
-        "a whole training step, median": steps["step_seconds_median"],
-    }
-    rows = [
-        *(beside(label, seconds) for label, seconds in timed.items()),
-        beside("post-processing of an image, median", images["postprocess_seconds_median"]),
-        [
-            f"largest relative difference of a loss over the {steps['steps']} steps",
-            f"{steps['largest_relative_difference_of_a_loss']:.1e}",
-            "",
-        ],
-        [
-            "images with the same detections in the same order",
-            f"{same} of {images['images']} ({images['detections']:,} detections)",
-            "",
-        ],
-        ["largest difference of a coordinate, of a score", f"{differences[0]} pixels, {differences[1]}", ""],
-    ]
-    return table(["", "operators", "plain PyTorch"], rows)
-
-
-def profile(what: str, folder: Path) -> str:
-    """A table of the parts of a training step, and one of those of an inference."""
-    report = read(what.strip(), folder)
-
-    def parts(title: str, sides: dict[str, dict[str, float]]) -> str:
-        rows = [[part, *(number(times[part]) for times in sides.values())] for part in next(iter(sides.values()))]
-        return table([f"{title}, milliseconds", *sides], rows)
-
-    return parts("training step", report["training"]) + "\n" + parts("inference", report["inference"])
-
-
-def operators(what: str, folder: Path) -> str:
-    """Shares by kind of operator: a table of a training step, and one of an inference."""
-    name = what.strip()
-    report = read(name, folder)
-    if "operators" not in report:
-        raise ReportError(f"{name}: measured without --profiler")
-
-    def shares(title: str, sides: dict[str, dict[str, float]]) -> str:
-        kinds = list(dict.fromkeys(kind for times in sides.values() for kind in times))
-        totals = {side: sum(times.values()) for side, times in sides.items()}
-        rows = [
-            [kind, *(f"{100 * times.get(kind, 0) / totals[side]:.1f} %" for side, times in sides.items())]
-            for kind in kinds
-        ]
-        rows.append(["all, milliseconds", *(number(total) for total in totals.values())])
-        return table([title, *sides], rows)
-
-    parts = report["operators"]
-    return shares("training step", parts["training"]) + "\n" + shares("inference", parts["inference"])
-
-
-def evaluation(what: str, folder: Path) -> str:
-    report = read(what.strip(), folder)
-    sides = [(f"`{name}`", report[name]) for name in ("score_detections", "match_detections")]
-    if "pycocotools" in report:
-        sides.append((f"pycocotools {report['machine']['pycocotools']}", report["pycocotools"]))
-    rows = [[name, number(side["seconds"]), number(side["processor_seconds"])] for name, side in sides]
-    size = f"{report['images']:,} images, {report['detections']:,} detections, {report['objects']:,} objects"
-    return table([f"{size}, {report['classes']} classes", "seconds", "of the processor"], rows)
-
-
 def scaling(what: str, folder: Path) -> str:
     from .report_plots import curves
 
@@ -410,8 +249,20 @@ def scaling(what: str, folder: Path) -> str:
     parts = []
     for title, points in curves(report).items():
         notes = sorted({f"{peer}: {reason}" for point in points for peer, reason in point["skipped"].items()})
+        notes += timed_once(points)
         parts.append(f"![{title}](images/{plot_file(title)})\n" + "".join(f"\n- {note}\n" for note in notes))
     return "\n".join(parts)
+
+
+def timed_once(points: Sequence[dict[str, Any]]) -> list[str]:
+    """Where on a curve a peer was called too long to be called again, a line a peer."""
+    places: dict[str, list[str]] = {}
+    for point in points:
+        for peer, timing in point["peers"].items():
+            if timing["rounds"] == 1:
+                places.setdefault(peer, []).append(f"{point['details']['x']:,}")
+    axis = points[0]["details"]["axis"]
+    return [f"{peer}: timed once at {axis} = {' and '.join(values)}" for peer, values in places.items()]
 
 
 def plot_file(title: str) -> str:
@@ -423,6 +274,9 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "memory": memory,
     "images": images,
     "machine": machine,
+    "pairs": pairs,
+    "rates": rates,
+    "predictions": predictions,
     "goals": goals,
     "runs": runs,
     "training": training,
@@ -450,6 +304,9 @@ def fill(page: str, folder: Path) -> str:
     begun = len(re.findall(r"^<!-- (?!end)", page, re.M))
     if begun != count:
         raise ReportError(f"{begun} blocks begin, and {count} end with <!-- end -->")
+    by_hand = re.search(r"^\|.*$", BLOCK.sub("", page), re.M)
+    if by_hand:
+        raise ReportError(f"a table in no block: {by_hand[0]}")
     return filled
 
 

@@ -152,7 +152,7 @@ def test_train_vs_reference(run, report, tmp_path, shapes):
     assert "| a whole training step, median |" in report.reference("some", tmp_path)
 
 
-def test_anchor_match_pairs(run, monkeypatch):
+def test_anchor_match_pairs(run, report, tmp_path, monkeypatch):
     pairs = importlib.import_module("anchor_match_pairs")
     cases = {"one": ((64, 96), 1, 5), "several": ((64, 96), 2, 5), "ragged": ((64, 96), 2, "ragged")}
     monkeypatch.setattr(pairs, "CASES", cases)
@@ -161,3 +161,4 @@ def test_anchor_match_pairs(run, monkeypatch):
     (counted,) = written["pairs"]
     shares = counted["shares"]
     assert 0 < shares["second pass"] <= shares["first pass"] <= shares["the box meets the tile"] <= 1
+    assert f"| 64×96, {counted['anchors']:,} anchors | 5 | " in report.pairs("some", tmp_path)

@@ -86,6 +86,33 @@ def test_curves_are_drawn_from_the_results(report, folder):
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+def test_memory_is_drawn_where_the_results_say_it(report, folder):
+    plots = importlib.import_module("benchmarks.report_plots")
+    timing = {"median": 1.0, "minimum": 1.0, "maximum": 1.0, "rounds": 9}
+    point = {"ours": timing, "peers": {"torchvision": timing}, "details": {"axis": "boxes N", "x": 10}}
+    held = {**point, "peak_bytes": {"ours": 0, "torchvision": 3 << 20, "other": None}}
+    assert plots.mebibytes(point) == {}
+    assert plots.mebibytes(held) == {"ours": 1.0, "torchvision": 3.0}
+    widths = []
+    for number, points in enumerate(([point], [held])):
+        path = folder / f"{number}.png"
+        plots.draw_curve("nms", points, "caption", path)
+        assert plots.digest_in(path) == plots.digest("nms", points, "caption")
+        widths.append(int.from_bytes(path.read_bytes()[16:20], "big"))
+    assert widths[1] == 2 * widths[0]
+
+
+def test_where_a_peer_was_timed_once(report, folder):
+    content = json.loads((folder / "some-cpu.json").read_text())
+    for result, x in zip(content["results"], (10, 1000, 10_000), strict=True):
+        result["details"] = {"curve": "nms", "axis": "boxes N", "x": x}
+        result["peers"] = {"torchvision": {**result["ours"], "rounds": 9 if x == 10 else 1}}
+    (folder / "some-cpu.json").write_text(json.dumps(content))
+    assert report.scaling("some-cpu", folder) == (
+        "![nms](images/scaling-nms.png)\n\n- torchvision: timed once at boxes N = 1,000 and 10,000\n"
+    )
+
+
 def test_a_plot_of_other_results_is_an_error(report, folder, monkeypatch, capsys):
     content = json.loads((folder / "some-cpu.json").read_text())
     for result, x in zip(content["results"], (10, 100, 1000), strict=True):
@@ -183,6 +210,81 @@ def test_twins(report, folder):
     lines = report.twins("twins", folder).splitlines()
     assert lines[0] == "| seed 3 | AP | AP50 | AP75 |"
     assert lines[2:] == ["| one | 0.510 | 0.873 | 0.500 |", "| one, last places changed | 0.510 | 0.873 | 0.528 |"]
+
+
+@pytest.fixture
+def predicted(report, monkeypatch, tmp_path):
+    """predicted(rows, key=...): the table of a prediction at 2 bytes and 3 × 4 × 0.5 / 1000 slots a picosecond."""
+
+    def write(rows, **others):
+        rates = {
+            "memory": {"per_picosecond": 2, "unit": "bytes", "from": "a copy"},
+            "special_functions": {"per_picosecond": 1, "unit": "results", "from": "a guess"},
+            "issue": {"multiprocessors": 3, "a_clock": 4, "gigahertz": 0.5, "unit": "slots", "from": "lanes"},
+        }
+        shown = {
+            "columns": {key: key for row in rows for key in row} | {"predicted": "ps", "bound": "by"},
+            "rows": rows,
+        }
+        content = {"gpu": "a GPU", "rates": rates, "tables": {"some": {**shown, **others}}}
+        (tmp_path / "gpu.json").write_text(json.dumps(content))
+        monkeypatch.setattr(importlib.import_module("benchmarks.report_predictions"), "PREDICTIONS", tmp_path)
+        return report.predictions("gpu: some", tmp_path)
+
+    return write
+
+
+def test_predictions_are_computed_from_what_a_kernel_asks_for(predicted):
+    rows = [
+        {"kernel": "copy", "bytes": 6, "special_functions": 1, "slots": 0.012},
+        {"kernel": "mathematics", "bytes": 6, "special_functions": 3.625},
+        {"kernel": "branches", "bytes": 6, "slots": [0.03, 0.024]},
+    ]
+    columns = {"kernel": "kernel", "memory_time": "memory", "issue_time": "issue", "predicted": "ps", "bound": "by"}
+    text = predicted(rows, columns=columns, decimals={"memory_time": 1, "issue_time": 1, "predicted": 2}, note="So.")
+    title, _, header, _, *lines = text.splitlines()
+    assert title == "Predicted for a GPU, not measured:"
+    assert header == "| kernel | memory | issue | ps | by |"
+    assert lines == [
+        "| copy | 3.0 | 2.0 | 3.00 | memory |",
+        "| mathematics | 3.0 |  | 3.63 | special functions |",  # half is rounded up
+        "| branches | 3.0 | 5.0 / 4.0 | 5.00 | issue |",
+        "",
+        "So.",
+    ]
+
+
+def test_what_a_prediction_says_is_not_computed(predicted):
+    rows = [
+        {"case": "large", "megabytes": 6, "memory_time": "1 to 3", "predicted": 1080, "bound": "launches"},
+        {"case": "small", "megabytes": 0.5, "bound": "latency"},
+    ]
+    assert predicted(rows).splitlines()[4:] == [
+        "| large | 6 | 1 to 3 | 1,080 | launches |",
+        "| small | 0.5 | 0.25 | 0.25 | memory |",
+    ]
+
+
+def test_rates_of_a_gpu(report, predicted, tmp_path):
+    predicted([{"bytes": 1}])
+    assert report.rates("gpu", tmp_path).splitlines()[2:] == [
+        "| memory | 2 bytes | a copy |",
+        "| special functions | 1 results | a guess |",
+        "| issue | 0.006 slots | 3 multiprocessors × 4 a clock × 0.5 GHz: lanes |",
+    ]
+
+
+def test_pairs_that_matching_looks_at(report, folder):
+    shares = {"the box meets the tile": 0.5, "first pass": 0.0482, "second pass": 0.0165}
+    counted = [{"image": [64, 96], "anchors": 1234, "boxes": 5, "shares": shares}]
+    (folder / "counted.json").write_text(json.dumps({"pairs": counted}))
+    assert report.pairs("counted", folder).splitlines() == [
+        "| image | boxes | of all pairs: the box meets the tile | first pass | second pass |",
+        "| --- | --- | --- | --- | --- |",
+        "| 64×96, 1,234 anchors | 5 | 50.0 % | 4.8 % | 1.7 % |",
+        "",
+        "Counted, not timed: [results](../benchmarks/results/counted.json).",
+    ]
 
 
 def test_goals_are_met_or_missed(report, folder):
@@ -300,6 +402,9 @@ def test_weights_in_lockstep(report, folder):
         ("<!-- cases some-cpu: focal* -->\n<!-- end -->\n", "no case matches 'focal\\*'"),
         ("<!-- chart some-cpu -->\n<!-- end -->\n", "expected one of cases, memory, images, machine"),
         ("<!-- cases some-cpu: nms* -->\n", "1 blocks begin, and 0 end"),
+        ("<!-- cases some-cpu: nms* -->\n<!-- end -->\n\n| by | hand |\n", "a table in no block: \\| by \\| hand \\|"),
+        ("<!-- predictions other: some -->\n<!-- end -->\n", "other.json: there is no such results file"),
+        ("<!-- predictions h200: some -->\n<!-- end -->\n", "h200: expected one of focal losses, .*, got 'some'"),
     ],
 )
 def test_errors(report, folder, page, message):
