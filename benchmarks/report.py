@@ -17,6 +17,7 @@ of case names.
     <!-- rates FILE -->                           what a GPU is taken to do in a picosecond
     <!-- predictions FILE: TABLE -->              one of the tables of a GPU's predicted times
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
+    <!-- differences FILE, FILE ... -->          train_vs_torchvision.py: ours less torchvision's, over those runs
     <!-- twins FILE -->                           a row a side of a whole run of train_vs_torchvision.py --twins
     <!-- lockstep FILE, FILE ... -->              a column a run of train_vs_torchvision.py --lockstep
     <!-- gradients FILE -->                       train_vs_torchvision.py --same-weights
@@ -42,7 +43,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .report_models import evaluation, gradients, lockstep, operators, profile, reference, training, twins
+from .report_models import (
+    differences,
+    evaluation,
+    gradients,
+    lockstep,
+    operators,
+    profile,
+    reference,
+    training,
+    twins,
+)
 from .report_predictions import predictions, rates
 from .report_tables import ReportError, link, number, read, table
 
@@ -280,6 +291,7 @@ KINDS: dict[str, Callable[[str, Path], str]] = {
     "goals": goals,
     "runs": runs,
     "training": training,
+    "differences": differences,
     "twins": twins,
     "lockstep": lockstep,
     "gradients": gradients,

@@ -57,6 +57,20 @@ def swapped_weights(runs: list[dict[str, Any]], sides: Sequence[str]) -> list[st
     return [f"Each side's weights scored in the other side's model: AP and AP50 differ by {largest:.4f} at most.\n"]
 
 
+def differences(what: str, folder: Path) -> str:
+    """Ours less torchvision's, over pairs of runs that began with the same weights."""
+    runs = [read(name.strip(), folder) for name in what.split(",")]
+    rows = []
+    for key in ("AP", "AP50"):
+        values = [run["retinanet_ext"][key] - run["torchvision"][key] for run in runs]
+        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+        counts = [sum(value < 0 for value in values), sum(value > 0 for value in values)]
+        extent = f"{min(values):+.3f} to {max(values):+.3f}"
+        rows.append([key, f"{mean:+.4f}", f"{error:.4f}", extent, *map(str, counts)])
+    header = ["mean", "its standard error", "lowest to highest", "ours lower", "ours higher"]
+    return table([f"ours less torchvision's, {len(runs)} pairs", *header], rows)
+
+
 def twins(what: str, folder: Path) -> str:
     """How far two whole runs of one model end apart."""
     report = read(what.strip(), folder)

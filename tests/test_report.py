@@ -203,6 +203,17 @@ def test_one_case_in_several_runs(report, folder):
         report.runs("before: nms", folder)
 
 
+def test_differences_of_pairs(report, folder):
+    for seed, (own, theirs) in enumerate(((0.5, 0.51), (0.53, 0.51), (0.5, 0.5))):
+        sides = {"retinanet_ext": {"AP": own, "AP50": 0.5}, "torchvision": {"AP": theirs, "AP50": 0.75}}
+        (folder / f"pair{seed}.json").write_text(json.dumps({"recipe": {"seed": seed}, "machine": {}, **sides}))
+    header, _, *rows = report.differences("pair0, pair1, pair2", folder).splitlines()
+    assert header.startswith("| ours less torchvision's, 3 pairs | mean | its standard error |")
+    # -0.01, 0.02 and 0: a sample's standard deviation of 0.01528, by the root of 3
+    assert rows[0] == "| AP | +0.0033 | 0.0088 | -0.010 to +0.020 | 1 | 1 |"
+    assert rows[1] == "| AP50 | -0.2500 | 0.0000 | -0.250 to -0.250 | 3 | 0 |"
+
+
 def test_twins(report, folder):
     side = {"AP": 0.51, "AP50": 0.8729, "AP75": 0.5}
     content = {"recipe": {"seed": 3}, "machine": {}, "one": side, "one, last places changed": {**side, "AP75": 0.528}}
