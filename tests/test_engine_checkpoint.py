@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import time
 
@@ -194,8 +195,14 @@ def test_unknown_architecture():
         build_model({**CONFIG, "arch": "vgg"})
 
 
+def many_weights():
+    """A megabyte in so many tensors that most of the time of a checkpoint goes into writing them."""
+    return nn.Sequential(*(nn.Linear(64, 64) for _ in range(60))).requires_grad_(False)
+
+
 def write_for_ever(path):
-    model = nn.Linear(300, 300).requires_grad_(False)
+    torch.set_num_threads(1)
+    model = many_weights()
     for step in range(1, 1_000_000):
         for parameter in model.parameters():
             parameter.fill_(step)
@@ -204,26 +211,65 @@ def write_for_ever(path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the writing process")
 def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    """Thirty times, each time from 0 to 30 ms after the file was first there."""
+    """Again and again, 0 to 30 ms after a write was seen, until eight have been cut short, which half a file shows."""
     path = tmp_path / "last.pt"
-    moments = random.Random(0)
-    last = 0
-    for _ in range(30):
+    save_checkpoint(path, many_weights(), {}, ["a"])
+    size = path.stat().st_size
+    moments, end = random.Random(0), time.monotonic() + 60
+    cut_short, last = 0, 0
+    while cut_short < 8 and time.monotonic() < end:
         child = os.fork()
         if child == 0:
             try:
                 write_for_ever(path)
             finally:
                 os._exit(1)
-        while not path.exists():
+        temporary = tmp_path / f".last.pt.{child}.tmp"
+        while not temporary.exists() and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(moments.random() * 0.03)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        assert set(tmp_path.iterdir()) <= {path, temporary}  # what was left before is gone
+        cut_short += temporary.exists() and temporary.stat().st_size < size
         content = load_checkpoint(path)
-        assert all((value == content["step"]).all() for value in content["model"].values())
+        assert content["step"] == 0 or all((value == content["step"]).all() for value in content["model"].values())
         last = max(last, content["step"])
+    assert cut_short == 8
     assert last > 1
+    save_checkpoint(path, nn.Linear(1, 1), {}, ["a"])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_what_nobody_writes_any_more_is_removed(tmp_path):
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    kept = {f".a.{os.getppid()}.tmp", f".b.{gone}.tmp", f".a[1].{gone}.tmp", ".a.txt.tmp", f"a.{gone}.tmp"}
+    for name in (*kept, f".a.{gone}.tmp"):
+        (tmp_path / name).write_text("x")
+    write_atomically(tmp_path / "a", lambda stream: stream.write(b"x"))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", *kept}
+    write_atomically(tmp_path / "a[1]", lambda stream: stream.write(b"x"))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a[1]", *kept} - {f".a[1].{gone}.tmp"}
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.9999])
+def test_a_full_disk_is_an_error_that_names_the_file(saved, tmp_path, part):
+    """Also where torch.save, when it closes its archive, raises an error of its own over that of the disk."""
+    content, path = load_checkpoint(saved[0]), tmp_path / "a.pt"
+    write_atomically(path, lambda stream: stream.write(b"old"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(saved[0].stat().st_size * part), limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_atomically(path, lambda stream: torch.save(content, stream))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_old_checkpoints_still_load(tmp_path):

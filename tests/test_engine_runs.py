@@ -183,6 +183,22 @@ def test_results_do_not_go_over_those_of_another_run(command, trained, data, tmp
     assert contents(tmp_path / "out") == before
 
 
+def test_an_evaluation_that_could_read_no_image_has_failed(trained, tmp_path, capsys):
+    data = generate_shapes(tmp_path / "data", train_images=1, val_images=1, image_size=32)
+    picture = data / "val" / "000001.jpg"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-100])
+    argv = ("val", trained, data, "--device", "cpu", "--run-dir", tmp_path / "out")
+    status, out, err = run(capsys, *argv)
+    assert status == 1
+    assert "instances_val.json: no image could be read; all problems are in " in err
+    assert "AP" not in out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["problems.txt"]
+    assert "000001.jpg: broken image" in (tmp_path / "out" / "problems.txt").read_text()
+    picture.write_bytes(whole)
+    assert run(capsys, *argv)[0] == 0
+
+
 def test_a_run_folder_stands_for_its_weights(trained, data, tmp_path, capsys):
     assert run(capsys, "val", trained, data, "--device", "cpu", "--run-dir", tmp_path / "val")[0] == 0
     shutil.copytree(trained, tmp_path / "run")

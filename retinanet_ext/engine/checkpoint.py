@@ -5,12 +5,14 @@ The file is what `torch.save` writes of a dictionary of tensors, numbers, string
 disk and renamed, so a crash at any moment leaves the old file or the new one, never half of one.
 """
 
+import glob
 import os
 import pickle
 import random
 import re
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,10 @@ def build_model(config: dict[str, Any]) -> nn.Module:
 
 def write_atomically(path: str | Path, write) -> None:
     """Call `write(stream)` on a temporary binary file beside `path`, flush it to the disk, and rename it to
-    `path`."""
+    `path`. An OSError of the stream, as of a full disk, names `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
@@ -49,6 +52,12 @@ def write_atomically(path: str | Path, write) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save closes its archive after an error of the stream, and raises one of its own in doing so.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno and not cause.filename:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):
@@ -58,6 +67,25 @@ def write_atomically(path: str | Path, write) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote to `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = leftover.name.split(".")[-2]
+        if process.isdigit() and not _is_running(int(process)):
+            with suppress(OSError):  # another user's
+                leftover.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def save_checkpoint(

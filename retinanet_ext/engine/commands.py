@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from retinanet_ext.data import find_splits, open_dataset
+from retinanet_ext.data import DatasetError, find_splits, open_dataset
 from retinanet_ext.data.extras import require_all
 from retinanet_ext.models import fold_batch_norm
 
@@ -138,9 +138,11 @@ def _val(arguments: argparse.Namespace, run: RunFolder) -> int:
     run.add_problems(result.problems)
     for problem in result.problems:
         print(f"skipped: {problem}")
+    if not result.images:
+        raise DatasetError(f"{dataset.name}: no image could be read; all problems are in {run.problems}")
     run.write_evaluation(result, dataset)
     print(format_metrics(result))
-    each = result.seconds / max(1, result.images)
+    each = result.seconds / result.images
     print(f"{result.images} images, {each:.3f} s an image; results: {run.root}")
     scores = run.root / "scores.png"
     print(f"next: retinanet-ext predict {_quoted(arguments.weights)} IMAGES; {scores} shows where --score should lie")

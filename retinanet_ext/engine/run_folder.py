@@ -141,8 +141,9 @@ class RunFolder:
                         row for row in csv.DictReader(stream) if (row[key] or "").isdigit() and int(row[key]) <= last
                     ]
             _write_rows(path, columns, rows)
-        for leftover in self.last.parent.glob(".*.tmp"):
-            leftover.unlink()
+        for folder in (self.root, self.last.parent):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
 
     def add_epoch(self, row: dict[str, Any]) -> None:
         _append_row(self.results, EPOCH_COLUMNS, row)
