@@ -5,7 +5,12 @@ import dataclasses
 import importlib.util
 import json
 import math
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from torch import nn
 for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
     pytest.importorskip(module, reason=f"{module} is not installed")
 
+from retinanet_ext.cli import main  # noqa: E402
 from retinanet_ext.data import DatasetError, generate_shapes, make_loader, open_dataset  # noqa: E402
 from retinanet_ext.engine import train  # noqa: E402
 from retinanet_ext.engine.checkpoint import CheckpointError, load_checkpoint, load_model  # noqa: E402
@@ -65,6 +71,20 @@ def assert_same_weights(a, b):
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+def assert_same_run(run, other):
+    """Weights, optimizer and logs, bit by bit, but wall times."""
+    assert_same_weights(run.last, other.last)
+    assert_same_weights(run.best, other.best)
+    for a, b in zip(rows(run.steps), rows(other.steps), strict=True):
+        assert {**a, "seconds": ""} == {**b, "seconds": ""}
+    timed = {"mean_seconds_per_step": "", "val_seconds": ""}
+    for a, b in zip(rows(run.results), rows(other.results), strict=True):
+        assert {**a, **timed} == {**b, **timed}
+    assert load_checkpoint(run.best)["optimizer"] is None
+    optimizers = [load_checkpoint(r.last)["optimizer"]["state"] for r in (run, other)]
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*(o.values() for o in optimizers), strict=True))
 
 
 class Interrupted(Exception):
@@ -206,8 +226,7 @@ def test_another_seed_another_run(full_run, data, tmp_path):
     assert rows(RunFolder(tmp_path / "other").steps)[0]["total"] != rows(run.steps)[0]["total"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_run_equals_the_uninterrupted_one(full_run, data, tmp_path, workers):
+def test_a_resumed_run_equals_the_uninterrupted_one(full_run, data, tmp_path):
     run, _ = full_run
     with pytest.raises(Interrupted):
         Training(tiny(data), tmp_path / "run", say=quiet).fit(on_epoch_end=stop_after(1))
@@ -215,19 +234,29 @@ def test_a_resumed_run_equals_the_uninterrupted_one(full_run, data, tmp_path, wo
     with open(tmp_path / "run" / "steps.csv", "a") as stream:
         stream.write("3,2,1.0,1.0,2.0,1.0,0.1,0.1\n4,2,1.")
     torch.rand(5)
-    config = resume_config(tmp_path / "run", workers=workers)
+    config = resume_config(tmp_path / "run", workers=1)
     Training(config, tmp_path / "run", resume=True, say=quiet).fit()
-    resumed = RunFolder(tmp_path / "run")
-    assert_same_weights(run.last, resumed.last)
-    assert_same_weights(run.best, resumed.best)
-    for a, b in zip(rows(run.steps), rows(resumed.steps), strict=True):
-        assert {**a, "seconds": ""} == {**b, "seconds": ""}
-    timed = {"mean_seconds_per_step": "", "val_seconds": ""}
-    for a, b in zip(rows(run.results), rows(resumed.results), strict=True):
-        assert {**a, **timed} == {**b, **timed}
-    assert load_checkpoint(run.best)["optimizer"] is None
-    optimizers = [load_checkpoint(r.last)["optimizer"]["state"] for r in (run, resumed)]
-    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*(o.values() for o in optimizers), strict=True))
+    assert_same_run(run, RunFolder(tmp_path / "run"))
+
+
+def test_a_killed_command_resumes_to_the_uninterrupted_run(full_run, data, tmp_path):
+    """Killed at a random moment from the first row of steps.csv on, perhaps in the middle of a checkpoint."""
+    run, resumed = full_run[0], RunFolder(tmp_path / "run")
+    shape = "--arch resnet18 --preset detectron2 --min-size 32 40 --max-size 64 --anchor-sizes 8 16 32 64 128"
+    recipe = "--epochs 2 --batch-size 2 --vflip 0.5 --device cpu --save-every 1"
+    command = [sys.executable, "-m", "retinanet_ext", "train", str(data), *shape.split(), *recipe.split()]
+    process = subprocess.Popen([*command, "--run-dir", str(resumed.root)], cwd=tmp_path)
+    steps, end = random.choice((1, 2, 3)), time.monotonic() + 300
+    while not (resumed.steps.exists() and len(rows(resumed.steps)) >= steps) and time.monotonic() < end:
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(random.random() * 0.2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    (resumed.root / ".metrics.json.1.tmp").write_bytes(b"half of it")
+    assert main(["train", "--resume", str(resumed.root)]) == 0
+    assert_same_run(run, resumed)
+    assert not list(resumed.root.rglob("*.tmp"))
 
 
 def test_a_run_that_ended_in_its_first_epoch_starts_again(full_run, data, tmp_path):
