@@ -2,10 +2,12 @@
 
 import copy
 import json
+import random
 
 import pytest
 import torch
-from busy_checkpoint import model_config, save_busy_checkpoint
+from busy_checkpoint import CLASSES, model_config, save_busy_checkpoint
+from tiny_retinanet import tiny_retinanet
 from torch import nn
 
 for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -16,10 +18,13 @@ import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 
 from retinanet_ext import detect  # noqa: E402
-from retinanet_ext.engine.checkpoint import load_model  # noqa: E402
-from retinanet_ext.engine.export import export  # noqa: E402
+from retinanet_ext.data import generate_shapes, open_dataset  # noqa: E402
+from retinanet_ext.data.shapes import SHAPE_NAMES  # noqa: E402
+from retinanet_ext.engine.checkpoint import build_model, load_model, save_checkpoint  # noqa: E402
+from retinanet_ext.engine.export import export, export_model  # noqa: E402
 from retinanet_ext.engine.export_modules import ExportedDetector, ExportedHeads  # noqa: E402
 from retinanet_ext.engine.export_onnx import translate  # noqa: E402
+from retinanet_ext.engine.export_report import ExportOptions  # noqa: E402
 from retinanet_ext.models.anchors import AnchorGenerator  # noqa: E402
 
 SIZE = (64, 96)
@@ -118,15 +123,98 @@ def test_the_report_s_lines_run(exported):
     assert names["counts"].shape == (1,)
 
 
-def test_any_size(weights, model, tmp_path):
-    path = export(weights, "onnx", tmp_path / "any.onnx", dynamic_size=True).path
-    session = session_of(path)
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """Makes an image of any size, and its targets, of generated pictures that stand side by side."""
+    pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    folder = tmp_path_factory.mktemp("data")
+    dataset = open_dataset(generate_shapes(folder, train_images=3, val_images=1, image_size=64))
+    pictures = [dataset[index] for index in range(len(dataset))]
+    chance = random.Random(0)
+
+    def make(height, width):
+        image = torch.empty(3, -(-height // 64) * 64, -(-width // 64) * 64)
+        boxes, labels = [], []
+        for y in range(0, height, 64):
+            for x in range(0, width, 64):
+                image[:, y : y + 64, x : x + 64], target = chance.choice(pictures)
+                boxes.append(target["boxes"] + torch.tensor([x, y, x, y]))
+                labels.append(target["labels"])
+        return image[:, :height, :width], {"boxes": torch.cat(boxes), "labels": torch.cat(labels)}
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained_weights(scene, tmp_path_factory):
+    """Of a model that finds the shapes in such scenes, and is sure of many."""
+    config = {**model_config(128, 128), "num_classes": len(SHAPE_NAMES), "score_thresh": 0.3}
+    config |= {"detections_per_img": 300, "topk_candidates": 1000}
+    torch.manual_seed(0)
+    model = build_model(config).train()
+    for module in model.modules():  # it learns in fewer steps so
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.4
+    for subnet in (model.head.classification_head, model.head.regression_head):
+        for conv in subnet.conv.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for _ in range(30):
+        image, target = scene(128, 128)
+        optimizer.zero_grad()
+        sum(model([image], [target]).values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+    path = tmp_path_factory.mktemp("trained") / "best.pt"
+    save_checkpoint(path, model, config, SHAPE_NAMES)
+    return path
+
+
+# In scores and overlaps, far above what float32's rounding changes in them.
+MARGIN = 1e-5
+
+
+@torch.no_grad()
+def undecided(module, images):
+    """Of each image, whether rounding may decide: a threshold that differs by the margin finds other boxes, or two
+    scores are as near to each other."""
+    logits, deltas, anchors = copy.deepcopy(module).double().levels(images.double())
+    sizes = torch.tensor([images.shape[-2:]] * len(images), dtype=torch.float64)
+    found = detect(logits, deltas, anchors, sizes, **module.options)
+    assert found.counts.max() < module.options["max_detections"]
+    both_found = found.labels[:, 1:] >= 0
+    near = ((found.scores[:, :-1] - found.scores[:, 1:] < MARGIN) & both_found).any(dim=1)
+    for name in ("nms_thresh", "score_thresh"):
+        for margin in (-MARGIN, MARGIN):
+            options = {**module.options, name: module.options[name] + margin}
+            other = detect(logits, deltas, anchors, sizes, **options)
+            near |= (other.indices != found.indices).any(dim=1)
+    return near
+
+
+def test_any_size(trained_weights, scene, tmp_path):
+    """Of a trained model: many detections, far from being equally sure."""
+    session = session_of(export(trained_weights, "onnx", tmp_path / "any.onnx", dynamic_size=True).path)
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
-    for batch, *size in ((4, 160, 160), (2, 352, 192)):
-        images = torch.rand(batch, 3, *size)
+    model = load_model(trained_weights)[0]
+    kept, scores = 0, []
+    for batch, *size in ((4, 160, 160), (2, 352, 192), (2, 192, 320)):
+        images = torch.stack([scene(*size)[0] for _ in range(batch)])
+        detector = ExportedDetector(model, tuple(size))
+        images = images[~undecided(detector, images)]
+        kept += len(images)
         outputs = run(session, images)
-        assert outputs[3].min() > 0
-        assert_close(outputs, ExportedDetector(model, tuple(size)), images)
+        assert_close(outputs, detector, images)
+        model.transform.min_size, model.transform.max_size = (min(size),), max(size)  # it resizes nothing
+        with torch.no_grad():
+            own = model(list(images))
+        for image, (count, result) in enumerate(zip(outputs[3].tolist(), own, strict=True)):
+            assert count >= 3
+            assert outputs[2][image, :count].tolist() == result["labels"].tolist()
+            scores += outputs[1][image, :count].tolist()
+    assert kept >= 6
+    assert sum(score > 0.8 for score in scores) >= 10
     for size in ((176, 160), (160, 170)):
         with pytest.raises(Exception, match="multiple"):
             run(session, torch.rand(1, 3, *size))
@@ -149,29 +237,32 @@ def test_heads_and_anchors(weights, model, tmp_path):
     ]
 
 
-def test_heads_of_any_size(weights, model, tmp_path):
-    exported = export(weights, "onnx-heads", tmp_path / "any_heads.onnx", dynamic_size=True)
+def test_heads_of_any_size(tmp_path):
+    """Of a model of two levels."""
+    model = tiny_retinanet(3).eval()
+    options = ExportOptions(None, None, torch.device("cpu"))
+    exported = export_model(model, CLASSES, {}, "onnx-heads", tmp_path / "any_heads.onnx", options)
     assert exported.takes.startswith("images [B, 3, H, W]")
     assert "cls_logits [B, n, 3]" in exported.gives
     session = session_of(exported.path)
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     shapes = {value.name: value.shape for value in session.get_outputs()}
     assert shapes["cls_logits_p3"] == ["batch", "cls_logits_p3_1", 3]
-    assert shapes["box_deltas_p7"] == ["batch", "box_deltas_p7_1", 4]
+    assert shapes["box_deltas_p4"] == ["batch", "box_deltas_p4_1", 4]
     assert shapes["anchors"] == ["anchors_0", 4]
     for batch, *size in ((1, 160, 160), (3, 192, 352)):
         images = torch.rand(batch, 3, *size)
         outputs = run(session, images)
-        cells = [-(-size[0] // stride) * -(-size[1] // stride) for stride in (8, 16, 32, 64, 128)]
-        assert [level.shape for level in outputs[:5]] == [(batch, 9 * count, 3) for count in cells]
-        assert [level.shape for level in outputs[5:10]] == [(batch, 9 * count, 4) for count in cells]
+        cells = [size[0] // stride * (size[1] // stride) for stride in (8, 16)]
+        assert [level.shape for level in outputs[:2]] == [(batch, 6 * count, 3) for count in cells]
+        assert [level.shape for level in outputs[2:4]] == [(batch, 6 * count, 4) for count in cells]
         assert_close(outputs, ExportedHeads(model, tuple(size)), images)
     for size in ((176, 160), (160, 170)):
         with pytest.raises(Exception, match="multiple"):
             run(session, torch.rand(1, 3, *size))
     names = {}
     exec(exported.usage, names)
-    assert len(names["logits_and_deltas"]) == 10
+    assert len(names["logits_and_deltas"]) == 4
 
 
 GRIDS = ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))
