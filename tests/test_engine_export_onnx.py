@@ -54,9 +54,9 @@ def run(session, *inputs):
 
 
 @torch.no_grad()
-def assert_close(outputs, module, images):
+def assert_close(outputs, module, images, exact=None):
     """At most twice as far from float64 as PyTorch's own float32 is; integers the same."""
-    exact = copy.deepcopy(module).double()(images.double())
+    exact = copy.deepcopy(module).double()(images.double()) if exact is None else exact
     for name, found, own, true in zip(module.output_names, outputs, module(images), exact, strict=True):
         assert found.dtype == own.dtype
         if not found.is_floating_point():
@@ -176,21 +176,21 @@ MARGIN = 1e-5
 
 
 @torch.no_grad()
-def undecided(module, images):
-    """Of each image, whether rounding may decide: a threshold that differs by the margin finds other boxes, or two
-    scores are as near to each other."""
+def exact_detections(module, images):
+    """Outputs of the module in float64, and of each image whether rounding may decide: a threshold that differs by the
+    margin finds other boxes, or two scores are as near to each other."""
     logits, deltas, anchors = copy.deepcopy(module).double().levels(images.double())
     sizes = torch.tensor([images.shape[-2:]] * len(images), dtype=torch.float64)
     found = detect(logits, deltas, anchors, sizes, **module.options)
     assert found.counts.max() < module.options["max_detections"]
-    both_found = found.labels[:, 1:] >= 0
-    near = ((found.scores[:, :-1] - found.scores[:, 1:] < MARGIN) & both_found).any(dim=1)
+    near = found.scores[:, :-1] - found.scores[:, 1:] < MARGIN
+    undecided = (near & (found.labels[:, 1:] >= 0)).any(dim=1)
     for name in ("nms_thresh", "score_thresh"):
         for margin in (-MARGIN, MARGIN):
             options = {**module.options, name: module.options[name] + margin}
             other = detect(logits, deltas, anchors, sizes, **options)
-            near |= (other.indices != found.indices).any(dim=1)
-    return near
+            undecided |= (other.indices != found.indices).any(dim=1)
+    return (found.boxes, found.scores, found.labels, found.counts), undecided
 
 
 def test_any_size(trained_weights, scene, tmp_path):
@@ -199,13 +199,14 @@ def test_any_size(trained_weights, scene, tmp_path):
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     model = load_model(trained_weights)[0]
     kept, scores = 0, []
-    for batch, *size in ((4, 160, 160), (2, 352, 192), (2, 192, 320)):
+    for batch, *size in ((3, 160, 160), (2, 288, 160), (2, 160, 224)):
         images = torch.stack([scene(*size)[0] for _ in range(batch)])
         detector = ExportedDetector(model, tuple(size))
-        images = images[~undecided(detector, images)]
+        exact, undecided = exact_detections(detector, images)
+        images = images[~undecided]
         kept += len(images)
         outputs = run(session, images)
-        assert_close(outputs, detector, images)
+        assert_close(outputs, detector, images, [value[~undecided] for value in exact])
         model.transform.min_size, model.transform.max_size = (min(size),), max(size)  # it resizes nothing
         with torch.no_grad():
             own = model(list(images))
@@ -213,7 +214,7 @@ def test_any_size(trained_weights, scene, tmp_path):
             assert count >= 3
             assert outputs[2][image, :count].tolist() == result["labels"].tolist()
             scores += outputs[1][image, :count].tolist()
-    assert kept >= 6
+    assert kept >= 5
     assert sum(score > 0.8 for score in scores) >= 10
     for size in ((176, 160), (160, 170)):
         with pytest.raises(Exception, match="multiple"):
