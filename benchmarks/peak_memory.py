@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MEMORY = Path("/proc/meminfo")
+MEMORY, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -50,12 +50,17 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def system_memory() -> tuple[int, int] | None:
-    """Bytes that a process may still take, and all that the machine has; None where the system does not say (only Linux
-    does)."""
+    """Bytes that a process may still take, and all that the machine, or its container, has; None where the system does
+    not say (only Linux does)."""
     try:
-        return _bytes_of(MEMORY, "MemAvailable"), _bytes_of(MEMORY, "MemTotal")
+        free, total = _bytes_of(MEMORY, "MemAvailable"), _bytes_of(MEMORY, "MemTotal")
     except (OSError, TypeError):
         return None
+    try:
+        most, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit, which says "max"
+        return free, total
+    return min(free, most - taken), min(total, most)
 
 
 def _bytes_of(path: Path, field: str) -> int:

@@ -60,6 +60,8 @@ def swapped_weights(runs: list[dict[str, Any]], sides: Sequence[str]) -> list[st
 def differences(what: str, folder: Path) -> str:
     """Ours less torchvision's, over pairs of runs that began with the same weights."""
     runs = [read(name.strip(), folder) for name in what.split(",")]
+    if len(runs) < 2:
+        raise ReportError(f"differences {what}: expected at least two runs")
     rows = []
     for key in ("AP", "AP50"):
         values = [run["retinanet_ext"][key] - run["torchvision"][key] for run in runs]

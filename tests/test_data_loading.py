@@ -132,6 +132,18 @@ def test_transforms_see_bytes_only_where_they_say_so(shapes):
     }
 
 
+def test_a_data_set_s_own_samples_are_asked_for(shapes):
+    class Cut(type(shapes)):
+        def __getitem__(self, index):
+            image, target = super().__getitem__(index)
+            return image[:, :20], target
+
+    shapes.__class__ = Cut
+    (image,) = next(iter(make_loader(shapes, 1, train=False, as_bytes=True))).images
+    assert image.shape == (3, 20, 48)
+    assert image.dtype == torch.float32
+
+
 def test_processes_share_every_training_batch(shapes):
     whole = make_loader(shapes, 3, train=True, seed=5)
     shares = [make_loader(shapes, 3, train=True, seed=5, rank=rank, world_size=2) for rank in range(2)]

@@ -17,9 +17,11 @@ from retinanet_ext.engine.checkpoint import (
     build_model,
     load_checkpoint,
     load_model,
+    remove_temporaries,
     rng_state,
     save_checkpoint,
     set_rng_state,
+    temporary_of,
     write_atomically,
 )
 
@@ -210,8 +212,9 @@ def write_for_ever(path, first):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the writing process")
-def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
     """Again and again, until eight writes have been cut short, which half a file shows, and two have not."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no kill is in it, however long a disk takes
     path = tmp_path / "last.pt"
     start = time.monotonic()
     save_checkpoint(path, many_weights(), {}, ["a"])
@@ -225,7 +228,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
                 write_for_ever(path, last + 1)
             finally:
                 os._exit(1)
-        temporary = tmp_path / f".last.pt.{child}.tmp"
+        temporary = temporary_of(path, child)
         while not temporary.exists() and time.monotonic() < end:
             time.sleep(0.001)
         time.sleep(moments.random() * 2 * seconds)
@@ -248,13 +251,32 @@ def test_only_what_nobody_writes_any_more_is_removed(tmp_path):
     if gone == 0:
         os._exit(0)
     os.waitpid(gone, 0)
-    kept = {f".a.{os.getppid()}.tmp", f".b.{gone}.tmp", f".a[1].{gone}.tmp", ".a.txt.tmp", f"a.{gone}.tmp"}
-    for name in (*kept, f".a.{gone}.tmp"):
+    left, bracketed = (temporary_of(tmp_path / name, gone).name for name in ("a", "a[1]"))
+    running, other = temporary_of(tmp_path / "a", os.getppid()).name, temporary_of(tmp_path / "b", gone).name
+    elsewhere = f".a.another-host-{gone}.tmp"
+    strangers = {".a.txt.tmp", f".a.{gone}.tmp", f".a.{gone}", left[1:], left.replace(f"-{gone}", "-1700000000000")}
+    kept = {bracketed, running, other, elsewhere, *strangers}
+    for name in (*kept, left):
         (tmp_path / name).write_text("x")
     write_atomically(tmp_path / "a", lambda stream: stream.write(b"x"))
     assert {path.name for path in tmp_path.iterdir()} == {"a", *kept}
     write_atomically(tmp_path / "a[1]", lambda stream: stream.write(b"x"))
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "a[1]", *kept} - {f".a[1].{gone}.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a[1]", *kept} - {bracketed}
+    (tmp_path / ".folder.a-1.tmp").mkdir()
+    remove_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a[1]", ".folder.a-1.tmp", *strangers}
+
+
+def test_an_error_that_is_not_the_disk_s_stays_what_it_was(tmp_path):
+    def write(stream):
+        raise RuntimeError("not of the disk")
+
+    try:
+        raise OSError(25, "of somebody else")
+    except OSError:
+        with pytest.raises(RuntimeError, match="not of the disk"):
+            write_atomically(tmp_path / "a", write)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.9999])

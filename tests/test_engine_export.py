@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from types import ModuleType
@@ -12,6 +13,7 @@ import torch
 from busy_checkpoint import CLASSES, model_config, save_busy_checkpoint
 
 from retinanet_ext.cli import main
+from retinanet_ext.engine import export_programs
 from retinanet_ext.engine.checkpoint import build_model, load_model
 from retinanet_ext.engine.export import FORMATS, export, image_size
 from retinanet_ext.engine.export_modules import ExportedDetector
@@ -103,6 +105,21 @@ def test_pt2_carries_classes_and_configuration(pt2):
     assert metadata["class_names"] == CLASSES
     assert metadata["model_config"] == CONFIG
     assert metadata["input"] == {"size": list(SIZE), "size_divisible": 32, "batch_size": None, "device": "cpu"}
+
+
+@pytest.mark.parametrize("part", [0.0, 0.9])
+def test_pt2_on_a_full_disk(pt2, weights, tmp_path, monkeypatch, part):
+    """torch.export's own archive would end the process where its last bytes do not fit."""
+    monkeypatch.setattr(export_programs, "trace_detector", lambda *_: torch.export.load(pt2.path))
+    path, limits = tmp_path / "full.pt2", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(pt2.path.stat().st_size * part), limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            export(weights, "pt2", path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pt2_refuses_other_sizes(program):

@@ -100,6 +100,15 @@ def test_packed_losses_are_the_models_own(counts, box_loss, normalizer):
     assert all(map(torch.equal, *gradients))
 
 
+def test_images_and_targets_cross_to_the_device():
+    """A device other than the host's, in a test that needs none."""
+    batch = make_batch((3, 0, 4))
+    batch = batch._replace(images=[(255 * image).to(torch.uint8) for image in batch.images])
+    prepared = make_losses(small_model().train()).prepare(batch, torch.device("meta"))
+    assert {tensor.device.type for tensor in prepared} == {"meta"}
+    assert prepared[0].dtype == torch.float32
+
+
 def test_wrong_targets_are_named_before_they_leave_the_host():
     batch = make_batch((2,))
     batch.targets[0]["boxes"][1, 2] = -1.0

@@ -23,7 +23,7 @@ for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
 from retinanet_ext.cli import main  # noqa: E402
 from retinanet_ext.data import DatasetError, generate_shapes, make_loader, open_dataset  # noqa: E402
 from retinanet_ext.engine import train  # noqa: E402
-from retinanet_ext.engine.checkpoint import CheckpointError, load_checkpoint, load_model  # noqa: E402
+from retinanet_ext.engine.checkpoint import CheckpointError, load_checkpoint, load_model, temporary_of  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, octaves, resolve_device, resume_config  # noqa: E402
 from retinanet_ext.engine.export_programs import check_compiler  # noqa: E402
 from retinanet_ext.engine.loop import StepRecord, TrainingError, train_steps  # noqa: E402
@@ -246,14 +246,15 @@ def test_a_killed_command_resumes_to_the_uninterrupted_run(full_run, data, tmp_p
     recipe = "--epochs 2 --batch-size 2 --vflip 0.5 --device cpu --save-every 1"
     command = [sys.executable, "-m", "retinanet_ext", "train", str(data), *shape.split(), *recipe.split()]
     process = subprocess.Popen([*command, "--run-dir", str(resumed.root)], cwd=tmp_path)
-    steps, end = random.choice((1, 2, 3)), time.monotonic() + 300
+    chance = random.Random(0)
+    steps, delay, end = chance.choice((1, 2)), 0.2 * chance.random(), time.monotonic() + 300
     while not (resumed.steps.exists() and len(rows(resumed.steps)) >= steps) and time.monotonic() < end:
         assert process.poll() is None
         time.sleep(0.001)
-    time.sleep(random.random() * 0.2)
+    time.sleep(delay)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
-    (resumed.root / ".metrics.json.1.tmp").write_bytes(b"half of it")
+    assert process.wait() == -signal.SIGKILL, f"killed {delay} s after step {steps}"
+    temporary_of(resumed.root / "metrics.json", 1).write_bytes(b"half of it")
     assert main(["train", "--resume", str(resumed.root)]) == 0
     assert_same_run(run, resumed)
     assert not list(resumed.root.rglob("*.tmp"))

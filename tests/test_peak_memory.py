@@ -1,5 +1,6 @@
 """What the benchmarks say of memory: in a process of its own, in which nothing has changed the allocator."""
 
+import peak_memory
 import pytest
 import torch
 from peak_memory import peak_bytes
@@ -25,6 +26,18 @@ def megabytes_held():
     calls = (lambda: passing(0), lambda: passing(20), lambda: value.add_(1))
     peaks = [[peak_bytes(call, torch.device("cpu")) for _ in range(2)] for call in calls for _ in range(2)]
     return [[None if peak is None else peak / MEGABYTE for peak in pair] for pair in peaks[1::2]]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, (3, 8)), ("max", (3, 8)), (6, (2, 6)), (100, (3, 8))])
+def test_what_a_process_may_take(tmp_path, monkeypatch, limit, expected):
+    """The machine's memory, or that of its container where it has less."""
+    monkeypatch.setattr(peak_memory, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(peak_memory, "CGROUP", tmp_path)
+    (tmp_path / "meminfo").write_text("MemTotal:    8192 kB\nMemFree:  1 kB\nMemAvailable:   3072 kB\n")
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit if limit == 'max' else limit * MEGABYTE}\n")
+        (tmp_path / "memory.current").write_text(f"{4 * MEGABYTE}\n")
+    assert peak_memory.system_memory() == tuple(MEGABYTE * part for part in expected)
 
 
 def test_the_most_that_a_call_holds_at_a_time():

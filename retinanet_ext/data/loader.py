@@ -25,7 +25,7 @@ Key = tuple[int, int]
 class Batch(NamedTuple):
     """Images [3, H, W] of any sizes with their targets, and the problems of the samples that are missing.
 
-    Images are float32 in 0..1; of a loader with `as_bytes` uint8, where no transform needs more.
+    Images are float32 in 0..1; of a loader with `as_bytes` uint8, where file and transform need no more.
     """
 
     images: list[Tensor]
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 class SampleView(Dataset):
     """A data set with transforms drawn from (seed, epoch, index); a broken image gives its Problem.
 
-    With `as_bytes` images stay uint8, unless the transform wants them in 0..1.
+    With `as_bytes` images stay as `DetectionDataset.read` has them, unless the transform wants them in 0..1.
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class SampleView(Dataset):
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
-        self.as_bytes = as_bytes and (transform is None or takes_bytes(transform))
+        # Where a subclass has samples of its own, they are asked for.
+        reads = getattr(type(dataset), "__getitem__", None) is DetectionDataset.__getitem__
+        self.as_bytes = as_bytes and reads and (transform is None or takes_bytes(transform))
 
     def __len__(self) -> int:
         return len(self.dataset)

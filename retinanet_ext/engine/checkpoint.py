@@ -6,8 +6,10 @@ disk and renamed, so a crash at any moment leaves the old file or the new one, n
 """
 
 import glob
+import io
 import os
 import pickle
+import platform
 import random
 import re
 import zipfile
@@ -45,19 +47,20 @@ def write_atomically(path: str | Path, write) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
-        with open(temporary, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        stream = _Stream(io.FileIO(temporary, "wb"))
+        try:
+            with stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except (OSError, RuntimeError) as error:
+            if stream.error is None:
+                raise
+            # torch.save closes its archive after an error of the stream, and raises one of its own in doing so.
+            raise OSError(stream.error.errno, stream.error.strerror, str(path)) from error
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save closes its archive after an error of the stream, and raises one of its own in doing so.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError) and cause.errno and not cause.filename:
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
-        raise
     finally:
         temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):
@@ -69,13 +72,52 @@ def write_atomically(path: str | Path, write) -> None:
             os.close(folder)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote to `path`."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = leftover.name.split(".")[-2]
-        if process.isdigit() and not _is_running(int(process)):
-            with suppress(OSError):  # another user's
+class _Stream(io.BufferedWriter):
+    """Keeps the error that writing ended in."""
+
+    error: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self.error = error
+            raise
+
+
+# A process's number means something on its own host alone, and folders are shared.
+_HOST = re.sub(r"[^0-9A-Za-z]+", "-", platform.node())
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9A-Za-z-]*)-(?P<process>[0-9]{1,7})\.tmp")
+
+
+def temporary_of(path: Path, process: int | None = None) -> Path:
+    """What `process`, by default this one, writes before it is `path`."""
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid() if process is None else process}.tmp")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove every temporary file of `write_atomically` in `folder`, where nobody writes."""
+    for leftover in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(leftover.name):
+            with suppress(OSError):
                 leftover.unlink()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of this host's processes that were killed while they wrote to `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        found = _TEMPORARY.fullmatch(leftover.name)
+        if not found or (found["name"], found["host"]) != (path.name, _HOST) or _is_running(int(found["process"])):
+            continue
+        with suppress(OSError):  # another user's
+            leftover.unlink()
 
 
 def _is_running(process: int) -> bool:

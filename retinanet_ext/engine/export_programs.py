@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,7 +26,10 @@ def trace_detector(model: RetinaNet, options: ExportOptions) -> torch.export.Exp
 def write_pt2(model: RetinaNet, options: ExportOptions, metadata: str, output: Path) -> Exported:
     """The detector as `torch.export.load` reads it, with `metadata` as an extra file."""
     program = trace_detector(model, options)
-    write_atomically(output, lambda stream: torch.export.save(program, stream, extra_files={METADATA_NAME: metadata}))
+    # Not into the file: where the disk is full, the archive's destructor would end the process.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={METADATA_NAME: metadata})
+    write_atomically(output, lambda stream: stream.write(content.getbuffer()))
     usage = (
         f"import torch, retinanet_ext; detector = torch.export.load({str(output)!r}).module()\n"
         f"boxes, scores, labels, counts = detector({options.example})"

@@ -95,7 +95,7 @@ class PackedLosses(Losses):
         [capacity], offsets [B + 1]: image b has the rows `offsets[b]:offsets[b + 1]`."""
         images = check_images(batch.images_on(device))
         targets = [{k: v for k, v in target.items() if isinstance(v, Tensor)} for target in batch.targets]
-        check_targets(targets, images, self.model.num_classes)
+        check_targets(targets, batch.images, self.model.num_classes)  # all on the host
         transformed = self.model.transform(images)
         height, width = (-side % self.side for side in transformed.tensor.shape[-2:])
         pixels = nn.functional.pad(transformed.tensor, (0, width, 0, height)) if height or width else transformed.tensor

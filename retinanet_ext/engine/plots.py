@@ -50,7 +50,7 @@ def _plot_loss(axes, steps: dict[str, np.ndarray], epochs: dict[str, np.ndarray]
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.legend(frameon=False, loc="upper right")  # a loss falls
+    _legend_below(axes, 2)
 
 
 def _plot_validation(axes, epochs: dict[str, np.ndarray], title: str, names: tuple[str, ...]) -> None:
@@ -62,8 +62,12 @@ def _plot_validation(axes, epochs: dict[str, np.ndarray], title: str, names: tup
     end = max(1.0, epochs["epoch"].max(initial=1.0))
     axes.set(title=f"{title} (below: last)", xlabel="epoch", xlim=(0.5, end + 0.5), ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    # Below the axes: over curves that end anywhere no corner is free.
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "borderaxespad": 0, "ncols": len(names)}
+    _legend_below(axes, len(names))
+
+
+def _legend_below(axes, columns: int) -> None:
+    """A legend below the axes: over curves that end anywhere no corner is free."""
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "borderaxespad": 0, "ncols": columns}
     axes.legend(frameon=False, fontsize="small", handlelength=1.5, columnspacing=1, **below)
 
 

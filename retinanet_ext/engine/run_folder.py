@@ -10,7 +10,7 @@ from typing import Any
 
 from retinanet_ext.data import DetectionDataset, Problem
 
-from .checkpoint import write_atomically
+from .checkpoint import remove_temporaries, write_atomically
 from .evaluate import METRICS, Evaluation
 from .evaluation_pictures import draw_evaluation
 from .validation_loss import NAMES as LOSSES
@@ -142,8 +142,7 @@ class RunFolder:
                     ]
             _write_rows(path, columns, rows)
         for folder in (self.root, self.last.parent):
-            for leftover in folder.glob(".*.tmp"):
-                leftover.unlink()
+            remove_temporaries(folder)
 
     def add_epoch(self, row: dict[str, Any]) -> None:
         _append_row(self.results, EPOCH_COLUMNS, row)

@@ -86,8 +86,9 @@ def with_pictures(
 def write_batch(batch: Batch, path: Path, class_names: Sequence[str], pictures: int = 16) -> None:
     """A sheet of the images of a training batch as they are after every augmentation, with their boxes."""
     pil = require("PIL.Image")
+    shown = batch._replace(images=batch.images[:pictures], targets=batch.targets[:pictures])
     drawn = []
-    for image, target in zip(batch.images_on("cpu")[:pictures], batch.targets[:pictures], strict=True):
+    for image, target in zip(shown.images_on("cpu"), shown.targets, strict=True):
         pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         ignore = target["ignore"] if "ignore" in target else np.zeros(len(target["boxes"]), bool)
         boxes = annotated_boxes(target["boxes"], target["labels"], ignore, class_names)
