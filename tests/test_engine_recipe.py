@@ -14,7 +14,7 @@ for module in ("PIL.Image", "faster_coco_eval", "matplotlib", "tqdm"):
 
 from retinanet_ext.data import generate_shapes  # noqa: E402
 from retinanet_ext.engine import train  # noqa: E402
-from retinanet_ext.engine.checkpoint import load_checkpoint  # noqa: E402
+from retinanet_ext.engine.checkpoint import load_checkpoint, temporary_of  # noqa: E402
 from retinanet_ext.engine.config import TrainConfig, resume_config  # noqa: E402
 from retinanet_ext.engine.ema import ModelAverage  # noqa: E402
 from retinanet_ext.engine.loop import NotFiniteError  # noqa: E402
@@ -114,7 +114,7 @@ def test_a_run_killed_within_an_epoch_equals_the_uninterrupted_one(data, tmp_pat
         killed_at(patches, 4)
         with pytest.raises(Killed):
             Training(config, run.root, say=quiet).fit()
-    (run.last.parent / ".last.pt.1.tmp").write_bytes(b"half of a checkpoint")
+    temporary_of(run.last, 1).write_bytes(b"half of a checkpoint")
     progress = load_checkpoint(run.last)["progress"]
     assert (progress["batches"], progress["means"]["steps"]) == (2, 1)
     torch.rand(7)
