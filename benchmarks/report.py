@@ -19,7 +19,7 @@ of case names.
     <!-- training FILE, FILE ... -->              a row a run of train_vs_torchvision.py
     <!-- differences FILE, FILE ... -->          train_vs_torchvision.py: ours less torchvision's, over those runs
     <!-- twins FILE -->                           a row a side of a whole run of train_vs_torchvision.py --twins
-    <!-- lockstep FILE, FILE ... -->              a column a run of train_vs_torchvision.py --lockstep
+    <!-- lockstep FILE, FILE ... -->              train_vs_torchvision.py --lockstep: how far apart its sides are
     <!-- gradients FILE -->                       train_vs_torchvision.py --same-weights
     <!-- reference FILE -->                       train_vs_reference.py
     <!-- profile FILE -->                         profile_step.py: the parts, by hooks

@@ -83,12 +83,18 @@ def twins(what: str, folder: Path) -> str:
 
 
 def lockstep(what: str, folder: Path) -> str:
-    """How far the weights of two runs are apart after some of the steps, a column a file."""
-    reports = [read(name.strip(), folder) for name in what.split(",")]
-    runs = [{row["step"]: row["difference_of_the_weights_over_their_change"] for row in r["lockstep"]} for r in reports]
-    shown = [step for step in (1, 2, 5, 10, 20, 50, 100) if any(step in run for run in runs)]
-    rows = [[f"{step}", *(f"{run[step]:.1e}" if step in run else "" for run in runs)] for step in shown]
-    return table(["after step", *(f"{' and '.join(r['sides'])}, {r['precision']}" for r in reports)], rows)
+    """How far two runs are apart after some of the steps: weights, and running statistics of files that have them."""
+    header, columns = ["after step"], []
+    for report in (read(name.strip(), folder) for name in what.split(",")):
+        run = f"{' and '.join(report['sides'])}, {report['precision']}"
+        for held in ("weights", "running_statistics"):
+            key = f"difference_of_the_{held}_over_their_change"
+            if key in report["lockstep"][0]:
+                header.append(f"{run}: {held.replace('_', ' ')}")
+                columns.append({row["step"]: row[key] for row in report["lockstep"]})
+    shown = [step for step in (1, 2, 5, 10, 20, 50, 100) if any(step in column for column in columns)]
+    rows = [[f"{step}", *(f"{column[step]:.1e}" if step in column else "" for column in columns)] for step in shown]
+    return table(header, rows)
 
 
 def gradients(what: str, folder: Path) -> str:

@@ -117,8 +117,11 @@ def test_weights_are_scored_in_the_other_model(monkeypatch):
 def test_lockstep(run, report, tmp_path, shapes):
     pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
     written = run("train_vs_torchvision", "--data", shapes, "--lockstep", "1", "--float64", *SMALL)
-    assert written["lockstep"][0]["relative_difference_of_the_losses"] < 1e-9
-    assert "float64 |" in report.lockstep("some", tmp_path)
+    (step,) = written["lockstep"]
+    assert step["relative_difference_of_the_losses"] < 1e-9
+    for held in ("weights", "running_statistics"):
+        assert step[f"difference_of_the_{held}_over_their_change"] < 1e-9
+    assert "float64: running statistics |" in report.lockstep("some", tmp_path)
 
 
 def test_twins(run, report, tmp_path, shapes):

@@ -187,7 +187,10 @@ def evaluate_swapped(contestants: list[Contestant], val_set: DetectionDataset) -
 
 
 def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: bool) -> dict[str, Any]:
-    """Trains both a step each in turn; after each, how far apart losses are, and weights beside how far they moved."""
+    """Trains both a step each in turn; after each, how far apart losses are, and what a model holds beside its change.
+
+    That is its weights, and the running statistics of its BatchNorms, which predictions depend on as well.
+    """
 
     def batches_of(loader):
         for _, batch in zip(range(steps), loader, strict=False):
@@ -197,25 +200,36 @@ def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: b
                 batch = batch._replace(images=images, targets=targets)
             yield batch
 
-    def weights(contestant):
-        return torch.cat([parameter.detach().double().flatten() for parameter in contestant.model.parameters()])
+    def whole(named: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
+        return torch.cat([value.detach().double().flatten() for _, value in sorted(named)])
 
+    def weights(model: nn.Module) -> torch.Tensor:
+        return whole(model.named_parameters())
+
+    def statistics_of(model: nn.Module) -> torch.Tensor:
+        return whole((name, value) for name, value in model.named_buffers() if ".running_" in name)
+
+    held = {"weights": weights, "running_statistics": statistics_of}
     runs = []
     for contestant in contestants:
         if in_float64:
             contestant.model.double()
         contestant.loader.set_epoch(0)
         runs.append(train_steps(contestant.stepper, batches_of(contestant.loader)))
-    start = weights(contestants[1])
+    models = [contestant.model for contestant in contestants]
+    start = {what: values_of(models[1]) for what, values_of in held.items()}
     rows = []
     for first, second in zip(*runs, strict=True):
-        one, other = map(weights, contestants)
+        apart = {}
+        for what, values_of in held.items():
+            one, other = map(values_of, models)
+            apart[what] = float((one - other).norm() / (other - start[what]).norm())
         rows.append(
             {
                 "step": first.step,
                 "losses": [first.total, second.total],
                 "relative_difference_of_the_losses": abs(first.total - second.total) / second.total,
-                "difference_of_the_weights_over_their_change": float((one - other).norm() / (other - start).norm()),
+                **{f"difference_of_the_{what}_over_their_change": value for what, value in apart.items()},
             }
         )
     return {

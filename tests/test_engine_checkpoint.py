@@ -2,13 +2,13 @@
 
 import os
 import random
-import resource
 import signal
 import time
 
 import numpy as np
 import pytest
 import torch
+from full_disk import room_for
 from torch import nn
 
 from retinanet_ext.engine.checkpoint import (
@@ -284,13 +284,8 @@ def test_a_full_disk_is_an_error_that_names_the_file(saved, tmp_path, part):
     """Also where torch.save, when it closes its archive, raises an error of its own over that of the disk."""
     content, path = load_checkpoint(saved[0]), tmp_path / "a.pt"
     write_atomically(path, lambda stream: stream.write(b"old"))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(saved[0].stat().st_size * part), limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large") as caught:
-            write_atomically(path, lambda stream: torch.save(content, stream))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with room_for(int(saved[0].stat().st_size * part)), pytest.raises(OSError, match="File too large") as caught:
+        write_atomically(path, lambda stream: torch.save(content, stream))
     assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from types import ModuleType
@@ -11,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from busy_checkpoint import CLASSES, model_config, save_busy_checkpoint
+from full_disk import room_for
 
 from retinanet_ext.cli import main
 from retinanet_ext.engine import export_programs
@@ -111,13 +111,9 @@ def test_pt2_carries_classes_and_configuration(pt2):
 def test_pt2_on_a_full_disk(pt2, weights, tmp_path, monkeypatch, part):
     """torch.export's own archive would end the process where its last bytes do not fit."""
     monkeypatch.setattr(export_programs, "trace_detector", lambda *_: torch.export.load(pt2.path))
-    path, limits = tmp_path / "full.pt2", resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(pt2.path.stat().st_size * part), limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large") as caught:
-            export(weights, "pt2", path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    path = tmp_path / "full.pt2"
+    with room_for(int(pt2.path.stat().st_size * part)), pytest.raises(OSError, match="File too large") as caught:
+        export(weights, "pt2", path)
     assert caught.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
 

@@ -396,14 +396,20 @@ def test_the_shares_of_the_operators(report, folder):
         report.operators("some-cpu", folder)
 
 
-def test_weights_in_lockstep(report, folder):
-    for name, precision, steps in (("some", "float64", 2), ("twins", "float32", 5)):
-        rows = [{"step": step, "difference_of_the_weights_over_their_change": step / 8} for step in range(1, steps + 1)]
+def test_runs_in_lockstep(report, folder):
+    def row(step, **held):
+        return {"step": step, **{f"difference_of_the_{name}_over_their_change": value for name, value in held.items()}}
+
+    some = [row(step, weights=step / 8, running_statistics=step / 16) for step in (1, 2)]
+    twins = [row(step, weights=step / 8) for step in range(1, 6)]
+    for name, precision, rows in (("some", "float64", some), ("twins", "float32", twins)):
         content = {"sides": ["ours", name], "precision": precision, "lockstep": rows}
         (folder / f"{name}.json").write_text(json.dumps(content))
     header, _, *rows = report.lockstep("some, twins", folder).splitlines()
-    assert header == "| after step | ours and some, float64 | ours and twins, float32 |"
-    assert rows == ["| 1 | 1.2e-01 | 1.2e-01 |", "| 2 | 2.5e-01 | 2.5e-01 |", "| 5 |  | 6.2e-01 |"]
+    some_columns = "ours and some, float64: weights | ours and some, float64: running statistics"
+    assert header == f"| after step | {some_columns} | ours and twins, float32: weights |"
+    cells = ["| 1 | 1.2e-01 | 6.2e-02 | 1.2e-01 |", "| 2 | 2.5e-01 | 1.2e-01 | 2.5e-01 |", "| 5 |  |  | 6.2e-01 |"]
+    assert rows == cells
 
 
 @pytest.mark.parametrize(
