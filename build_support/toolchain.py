@@ -27,6 +27,13 @@ COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc")
 CUDA_OFF_HINT = "RETINANET_EXT_CUDA=0 pip install .   # the CPU operators only"
 
 
+def install_with(**variables: str) -> str:
+    """The command that installs with these variables, and with what else the user has set for this build."""
+    of_the_user = {name: os.environ.get(name, "").strip() for name in ("RETINANET_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")}
+    variables = {name: value for name, value in {**of_the_user, **variables}.items() if value}
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), "pip install ."])
+
+
 class BuildError(Exception):
     """A build that cannot work, with the reason and the command that mends it."""
 
@@ -158,7 +165,10 @@ def check_python_headers() -> None:
 def cuda_wanted() -> str:
     value = os.environ.get("RETINANET_EXT_CUDA", "auto").lower()
     if value not in ("auto", "0", "1"):
-        raise BuildError(f"RETINANET_EXT_CUDA must be auto, 1 or 0, and it is {value!r}.")
+        raise BuildError(
+            f"RETINANET_EXT_CUDA must be auto, 1 or 0, and it is {value!r}.\n"
+            f"Mend it with:  {install_with(RETINANET_EXT_CUDA='1')}   or:  {CUDA_OFF_HINT}"
+        )
     return value
 
 
@@ -181,7 +191,7 @@ def find_nvcc() -> Nvcc | None:
             if not path.is_file():
                 raise BuildError(
                     f"{variable}={os.environ[variable]}, and there is no bin/nvcc in it.\n"
-                    f"Mend it with:  {variable}=/path/to/the/cuda/toolkit pip install .   or:  {CUDA_OFF_HINT}"
+                    f"Mend it with:  {install_with(**{variable: '/path/to/the/cuda/toolkit'})}   or:  {CUDA_OFF_HINT}"
                 )
     if path is None:
         found = shutil.which("nvcc")
@@ -194,7 +204,10 @@ def find_nvcc() -> Nvcc | None:
         raise BuildError(f"{path} --version failed: {error}.\nMend the CUDA toolkit, or:  {CUDA_OFF_HINT}") from error
     version = re.search(r"release (\d+)\.(\d+)", text)
     if version is None:
-        raise BuildError(f"{path} --version names no release:\n{text}")
+        raise BuildError(
+            f"{path} --version names no release:\n{text}"
+            f"Mend it with:  {install_with(CUDACXX='/path/to/nvcc')}   or:  {CUDA_OFF_HINT}"
+        )
     # A wrapper script on the PATH is followed to the toolkit that it runs.
     dry = subprocess.run([str(path), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
@@ -218,21 +231,27 @@ def check_nvcc(nvcc: Nvcc, torch: Torch) -> None:
     if nvcc.version[0] not in SUPPORTED_CUDA_MAJORS:
         raise BuildError(
             f"nvcc {have} ({nvcc.path}) is not supported; retinanet_ext builds with CUDA 12 and 13.\n"
-            f"Mend it with:  CUDA_HOME=/path/to/cuda-13 pip install .   or:  {CUDA_OFF_HINT}"
+            f"Mend it with:  {install_with(CUDA_HOME='/path/to/cuda-13')}   or:  {CUDA_OFF_HINT}"
         )
     if torch.cuda and nvcc.version[0] != int(torch.cuda.split(".")[0]):
         major = torch.cuda.split(".")[0]
         raise BuildError(
             f"nvcc is of CUDA {have} ({nvcc.path}), and torch {torch.version} is built for CUDA {torch.cuda}; "
             f"the majors must be equal.\n"
-            f"Mend it with:  CUDA_HOME=/path/to/cuda-{major} pip install .   or:  {CUDA_OFF_HINT}"
+            f"Mend it with:  {install_with(CUDA_HOME=f'/path/to/cuda-{major}')}   or:  {CUDA_OFF_HINT}"
         )
 
 
 def supported_archs(nvcc: Nvcc) -> list[str]:
     """Compute capabilities this nvcc compiles for, such as ["75", "80", "90"]."""
-    text = subprocess.run([str(nvcc.path), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"compute_(\d+[af]?)", text)
+    run = subprocess.run([str(nvcc.path), "--list-gpu-arch"], capture_output=True, text=True)
+    archs = re.findall(r"compute_(\d+[af]?)", run.stdout)
+    if run.returncode != 0 or not archs:
+        raise BuildError(
+            f"{nvcc.path} --list-gpu-arch names no GPU architectures:\n{run.stdout}{run.stderr}"
+            f"Mend it with:  {install_with(CUDACXX='/path/to/nvcc')}   or:  {CUDA_OFF_HINT}"
+        )
+    return archs
 
 
 def torch_archs(torch: Torch) -> list[str]:
@@ -243,7 +262,7 @@ def torch_archs(torch: Torch) -> list[str]:
     if run.returncode != 0:
         raise BuildError(
             f"torch {torch.version} in {torch.site_packages} does not import, and is asked for its GPU architectures:\n"
-            f'{run.stderr}Mend it, or name them:  TORCH_CUDA_ARCH_LIST="9.0" pip install .   or:  {CUDA_OFF_HINT}'
+            f"{run.stderr}Mend it, or name them:  {install_with(TORCH_CUDA_ARCH_LIST='9.0')}   or:  {CUDA_OFF_HINT}"
         )
     return re.findall(r"sm_(\d+)", run.stdout)
 
@@ -256,14 +275,14 @@ def parse_arch_list(text: str, supported: list[str]) -> list[str]:
         if match is None:
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST holds {entry!r}; entries look like 9.0 or 9.0+PTX.\n"
-                'Mend it with:  TORCH_CUDA_ARCH_LIST="9.0" pip install .'
+                f"Mend it with:  {install_with(TORCH_CUDA_ARCH_LIST='9.0')}"
             )
         capability = match[1] + match[2]
         if capability not in supported:
             known = ", ".join(f"{arch[:-1]}.{arch[-1]}" for arch in supported if arch.isdigit())
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST holds {entry}, which this nvcc does not compile for (it knows {known}).\n"
-                'Mend it with:  TORCH_CUDA_ARCH_LIST="9.0" pip install .   (or leave it unset)'
+                f"Mend it with:  {install_with(TORCH_CUDA_ARCH_LIST='9.0')}   (or leave it unset)"
             )
         archs.append(capability + match[3] + ("" if match[4] else "-real"))
     return archs
@@ -283,13 +302,13 @@ def choose_archs(torch: Torch, nvcc: Nvcc) -> list[str]:
     if not torch.cuda:
         raise BuildError(
             f"RETINANET_EXT_CUDA=1 with torch {torch.version}, a CPU build, which names no GPU architectures.\n"
-            'Mend it with:  RETINANET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="9.0" pip install .'
+            f"Mend it with:  {install_with(TORCH_CUDA_ARCH_LIST='9.0')}"
         )
     archs = [arch for arch in torch_archs(torch) if arch in supported]
     if not archs:
         raise BuildError(
             f"none of torch's GPU architectures is one that nvcc at {nvcc.path} compiles for.\n"
-            f'Mend it with:  TORCH_CUDA_ARCH_LIST="9.0" pip install .   or:  {CUDA_OFF_HINT}'
+            f"Mend it with:  {install_with(TORCH_CUDA_ARCH_LIST='9.0')}   or:  {CUDA_OFF_HINT}"
         )
     # Machine code for each, and PTX for the newest, which later GPUs compile at load.
     archs.sort(key=int)
@@ -313,11 +332,13 @@ def decide_cuda(torch: Torch) -> tuple[bool, str]:
 def no_compiler_error(torch: Torch) -> BuildError:
     wanted = "13.0" if torch.cuda is None else torch.cuda
     usual = Path("/usr/local/cuda")
-    place = str(usual) if (usual / "bin/nvcc").is_file() else "/path/to/the/cuda/toolkit"
+    variables = {"CUDA_HOME": str(usual) if (usual / "bin/nvcc").is_file() else "/path/to/the/cuda/toolkit"}
+    if torch.cuda is None and not os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        variables["TORCH_CUDA_ARCH_LIST"] = "9.0"  # which this torch does not name
     return BuildError(
         "the CUDA part is wanted and no nvcc was found (looked at CUDACXX, CUDA_HOME, CUDA_PATH and the PATH; "
         "NVIDIA's compiler on PyPI serves builds against a torch for CUDA 13).\n"
-        f"Mend it with a CUDA {wanted} toolkit and:  CUDA_HOME={place} pip install .   or:  {CUDA_OFF_HINT}"
+        f"Mend it with a CUDA {wanted} toolkit and:  {install_with(**variables)}   or:  {CUDA_OFF_HINT}"
     )
 
 

@@ -6,6 +6,7 @@ Real installs (with and without CUDA, with the compiler from PyPI, from an sdist
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -135,7 +136,9 @@ def test_cuda_12_torch_without_nvcc_asks_for_a_toolkit(site_packages, programs):
 
 def test_cuda_wanted_where_nothing_can_compile(site_packages, programs):
     result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1")
-    assert_refused(result, "no nvcc was found", "CUDA_HOME=", "RETINANET_EXT_CUDA=0 pip install .")
+    mend = r"RETINANET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=9\.0 CUDA_HOME=/\S+ pip install \."
+    assert_refused(result, "no nvcc was found", "RETINANET_EXT_CUDA=0 pip install .")
+    assert re.search(rf"CUDA 13\.0 toolkit and:  {mend} ", result.stderr)
 
 
 def test_compiler_of_another_cuda_major(site_packages, programs):
@@ -147,7 +150,8 @@ def test_compiler_of_another_cuda_major(site_packages, programs):
 def test_unsupported_compiler(site_packages, programs):
     programs("nvcc", fake_nvcc("11.8"))
     result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
-    assert_refused(result, "nvcc 11.8", "CUDA 12 and 13")
+    mend = "with:  RETINANET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 CUDA_HOME=/path/to/cuda-13 pip install ."
+    assert_refused(result, "nvcc 11.8", "CUDA 12 and 13", mend)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,8 @@ def test_unsupported_compiler(site_packages, programs):
 def test_unsupported_arch_list(site_packages, programs, archs, words):
     programs("nvcc", fake_nvcc("13.0"))
     site = site_packages("2.13.0+cpu", None)
-    assert_refused(ask(site, programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST=archs), words)
+    mend = "with:  RETINANET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install ."
+    assert_refused(ask(site, programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST=archs), words, mend)
 
 
 @pytest.mark.parametrize("archs", ["banana", "1.0", "9.9"])
@@ -173,7 +178,22 @@ def test_unsupported_arch_list_before_the_compiler_is_downloaded(site_packages, 
 def test_cpu_torch_with_cuda_needs_an_arch_list(site_packages, programs):
     programs("nvcc", fake_nvcc("13.0"))
     result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1")
-    assert_refused(result, "names no GPU architectures", 'TORCH_CUDA_ARCH_LIST="9.0"')
+    mend = "with:  RETINANET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install ."
+    assert_refused(result, "names no GPU architectures", mend)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo something else", "--version names no release"),
+        ('[ "$1" = --version ] && echo "release 13.0," || { echo "no such option" >&2; exit 1; }', "no such option"),
+    ],
+)
+def test_a_compiler_that_does_not_answer(site_packages, programs, script, words):
+    programs("nvcc", script)
+    result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0")
+    mend = "with:  RETINANET_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST='8.0;9.0' CUDACXX=/path/to/nvcc pip install ."
+    assert_refused(result, words, mend)
 
 
 def test_no_cxx_compiler(site_packages, programs):
@@ -218,8 +238,7 @@ def test_cuda_home_without_a_toolkit(site_packages, programs, tmp_path):
 
 def test_unknown_cuda_setting(site_packages, programs):
     result = ask(site_packages("2.13.0+cpu", None), programs, RETINANET_EXT_CUDA="yes")
-    assert result.returncode != 0
-    assert "must be auto, 1 or 0, and it is 'yes'" in result.stderr
+    assert_refused(result, "must be auto, 1 or 0, and it is 'yes'", "with:  RETINANET_EXT_CUDA=1 pip install .")
 
 
 def import_toolchain():
@@ -337,5 +356,5 @@ def test_a_torch_that_does_not_import_names_no_architectures(site_packages, prog
     assert result.returncode != 0
     assert "retinanet_ext cannot be built here" in result.stderr
     assert f"torch 2.11.0+cu130 in {site} does not import" in result.stderr
-    assert 'libcudart.so.13 is gone\nMend it, or name them:  TORCH_CUDA_ARCH_LIST="9.0"' in result.stderr
+    assert "libcudart.so.13 is gone\nMend it, or name them:  TORCH_CUDA_ARCH_LIST=9.0" in result.stderr
     assert ask(site, programs, TORCH_CUDA_ARCH_LIST="9.0").stdout.strip() == "[]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -79,6 +80,63 @@ def test_damaged_cuda_library_is_an_import_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(ImportError, match="the CUDA library of retinanet_ext does not load"):
         _load._load_cuda()
+
+
+def test_the_build_says_what_it_is_and_why():
+    info = _load.build_info()
+    assert isinstance(info["cuda"], bool)
+    assert info["cuda"] == _load.CUDA_LIBRARY.is_file() == bool(info["cuda_version"]) == bool(info["cuda_archs"])
+    assert "RETINANET_EXT_CUDA" in info["cuda_reason"] or "is built for CUDA" in info["cuda_reason"]
+    assert info["cuda_loaded"] == (info["cuda_missing"] is None)
+    assert not info["cuda_loaded"] or (info["cuda"] and torch.version.cuda is not None)
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """An installation with this record, with a CUDA library or without, under a torch for CUDA 13.0."""
+
+    def make(record, with_library):
+        (tmp_path / "_build_info.json").write_text(json.dumps(record))
+        if with_library:
+            (tmp_path / "_C_cuda.so").touch()
+        monkeypatch.setattr(_load, "BUILD_INFO_FILE", tmp_path / "_build_info.json")
+        monkeypatch.setattr(_load, "CUDA_LIBRARY", tmp_path / "_C_cuda.so")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("record", "with_library", "missing"),
+    [
+        ({"cuda_reason": "as told"}, False, "retinanet_ext was built without CUDA (as told)"),
+        ({}, False, "retinanet_ext was built without CUDA (no record of the build)"),
+        ({"cuda_version": "12.8"}, True, "retinanet_ext was built for CUDA 12.8, and this torch is for CUDA 13.0"),
+        ({"cuda_version": "13.2"}, True, None),  # of one major version: they are compatible
+    ],
+)
+def test_why_there_are_no_cuda_operators(built, record, with_library, missing):
+    built(record, with_library)
+    assert _load._cuda_mismatch() == missing
+
+
+def test_a_call_on_cuda_tensors_says_why_there_is_no_kernel(built, monkeypatch):
+    built({"cuda_reason": "as told"}, False)
+    fallbacks = {}
+
+    class Fallbacks:
+        @staticmethod
+        def impl(name, function, key):
+            fallbacks[name, key] = function
+
+    monkeypatch.setattr(_load, "_FALLBACKS", Fallbacks)
+    assert _load._load_cuda() == "retinanet_ext was built without CUDA (as told)"
+    assert fallbacks.keys() == {(name, "CUDA") for name in _load.OPERATORS}
+    assert len(fallbacks) > 10
+    message = r"built without CUDA \(as told\), so it has no kernel for CUDA tensors.* RETINANET_EXT_CUDA=1 pip install"
+    for function in fallbacks.values():
+        with pytest.raises(RuntimeError, match=message):
+            function(torch.zeros(1))
 
 
 def test_damaged_record_of_the_build_is_a_problem(tmp_path, monkeypatch):

@@ -247,12 +247,22 @@ def test_errors_under_compile_keep_their_words():
         ({"alpha": None}, "alpha must be a number, and is NoneType"),
         ({"gamma": "2"}, "gamma must be a number, and is str"),
         ({"label_smoothing": None}, "label_smoothing must be a number, and is NoneType"),
+        ({"ignore_index": 1.5}, "ignore_index must be an integer, and is float"),
+        ({"ignore_index": None}, "ignore_index must be an integer, and is NoneType"),
     ],
     ids=str,
 )
 def test_options_that_are_no_numbers(options, message):
     with pytest.raises(TypeError, match=message):
         sigmoid_focal_loss(X, T, **options)
+
+
+@pytest.mark.parametrize("name", ["inputs", "targets"])
+def test_sparse_tensors(name):
+    tensors = {"inputs": X, "targets": torch.zeros_like(X)}
+    tensors[name] = tensors[name].to_sparse()
+    with pytest.raises(ValueError, match=f"{name} must be dense, and are torch.sparse_coo"):
+        sigmoid_focal_loss(**tensors)
 
 
 def test_reduction_that_is_no_string():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -260,12 +260,15 @@ def _mean_divisor(inputs: Tensor, targets: Tensor, options: Options) -> Tensor:
     return (kept * inputs.shape[-1]).to(loss_dtype(inputs, options.reduction, True))
 
 
-def _check(inputs, targets, alpha, gamma, reduction, weight, label_smoothing) -> None:
+def _check(inputs, targets, alpha, gamma, reduction, weight, label_smoothing, ignore_index) -> None:
     """Raises a ValueError or TypeError that names the argument, what was expected and what came."""
     if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
         wrong = "inputs" if not isinstance(inputs, Tensor) else "targets"
         value = inputs if wrong == "inputs" else targets
         raise TypeError(f"sigmoid_focal_loss: {wrong} must be a tensor, and is {type(value).__name__}")
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if value.layout != torch.strided:
+            raise ValueError(f"sigmoid_focal_loss: {name} must be dense, and are {value.layout}")
     if inputs.dtype not in FLOATING:
         raise ValueError(
             f"sigmoid_focal_loss: inputs must be float64, float32, float16 or bfloat16, and are {inputs.dtype}"
@@ -297,6 +300,8 @@ def _check(inputs, targets, alpha, gamma, reduction, weight, label_smoothing) ->
     for name, value in (("alpha", alpha), ("gamma", gamma), ("label_smoothing", label_smoothing)):
         if not isinstance(value, NUMBERS) and not (name == "alpha" and isinstance(value, Tensor)):
             raise TypeError(f"sigmoid_focal_loss: {name} must be a number, and is {type(value).__name__}")
+    if not isinstance(ignore_index, (Integral, torch.SymInt)):
+        raise TypeError(f"sigmoid_focal_loss: ignore_index must be an integer, and is {type(ignore_index).__name__}")
     if not isinstance(alpha, Tensor) and not (0 <= alpha <= 1 or alpha == -1):
         raise ValueError(f"sigmoid_focal_loss: alpha must be in [0, 1], or -1 for no balancing, and is {alpha}")
     if not 0 <= gamma < float("inf"):
@@ -344,7 +349,8 @@ def sigmoid_focal_loss(
             Integer, [...] (``inputs.shape[:-1]``): the class of each row. [0, K) is the positive class;
             ``ignore_index`` rows give zero loss and zero gradient; every other value (-1, K, ...) is background.
         alpha: weight of positive elements, ``1 - alpha`` of negative ones; in [0, 1], or -1 for no balancing. Or a
-            [K] tensor, by class (column); an element below 0 turns balancing off for its class.
+            [K] tensor, by class (column); an element below 0 turns balancing off for its class. A tensor's values
+            are not checked: on a GPU the host would have to wait for them.
         gamma: focusing exponent, >= 0.
         reduction: ``"none"`` (a loss of the shape of ``inputs``), ``"sum"``, or ``"mean"`` over the elements that are
             not ignored (NaN when there are none).
@@ -359,7 +365,7 @@ def sigmoid_focal_loss(
 
     Raises:
         ValueError: an argument outside what stands above; the message names it, what was expected and what came.
-        TypeError: ``inputs`` or ``targets`` is not a tensor.
+        TypeError: ``inputs`` or ``targets`` is not a tensor, an option is not a number, or ``ignore_index`` no integer.
         RuntimeError: a second derivative was asked for.
 
     Works under autocast, ``torch.compile(fullgraph=True)``, ``torch.export`` and ``torch.func`` (grad, vmap). The
@@ -369,7 +375,7 @@ def sigmoid_focal_loss(
     Source: Lin et al., "Focal Loss for Dense Object Detection", arXiv 1708.02002, equation 5; soft targets as
     torchvision, ``weight`` as mmcv, ``label_smoothing`` as NVIDIA apex.
     """
-    _check(inputs, targets, alpha, gamma, reduction, weight, label_smoothing)
+    _check(inputs, targets, alpha, gamma, reduction, weight, label_smoothing, ignore_index)
     class_alpha = alpha if isinstance(alpha, Tensor) else None
     if class_alpha is not None:
         _check_per_class("alpha", class_alpha, inputs)
