@@ -104,6 +104,9 @@ def gradients(what: str, folder: Path) -> str:
     differences = {f"`{name}`": [values[name] for values in by_loss] for name in by_loss[0]}
     differences["gradient, of its norm"] = [step["difference_of_the_gradients_over_their_norm"] for step in steps]
     differences["norm of the gradient"] = [abs(step["ratio_of_the_norms_less_one"]) for step in steps]
+    for side in steps[0].get("distance_to_the_gradient_in_float64", {}):
+        distances = [step["distance_to_the_gradient_in_float64"][side] for step in steps]
+        differences[f"gradient of {side} to that in float64"] = distances
     rows = [[name, f"{statistics.median(values):.1e}", f"{max(values):.1e}"] for name, values in differences.items()]
     return table([f"relative difference, {len(steps)} steps", "median", "most"], rows)
 

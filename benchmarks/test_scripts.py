@@ -133,12 +133,16 @@ def test_twins(run, report, tmp_path, shapes):
 
 def test_at_the_same_weights(run, report, tmp_path, shapes):
     pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
-    written = run("train_vs_torchvision", "--data", shapes, "--same-weights", "2", *SMALL)
+    written = run("train_vs_torchvision", "--data", shapes, "--same-weights", "2", "--float64", *SMALL)
     assert [row["step"] for row in written["at_the_same_weights"]] == [1, 2]
     for row in written["at_the_same_weights"]:
         assert max(row["relative_difference_of_the_losses"].values()) < 1e-5
         assert row["difference_of_the_gradients_over_their_norm"] < 1e-3
-    assert "| `classification` |" in report.gradients("some", tmp_path)
+        for side in ("retinanet_ext", "torchvision"):
+            assert 0 < row["distance_to_the_gradient_in_float64"][side] < 1e-3
+    table = report.gradients("some", tmp_path)
+    assert "| `classification` |" in table
+    assert "| gradient of torchvision to that in float64 |" in table
 
 
 def test_train_vs_reference(run, report, tmp_path, shapes):

@@ -23,7 +23,8 @@ how far rounding drives two runs of one computation apart; without --lockstep, h
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --same-weights 51
 
 trains torchvision's model and before each step gives ours its weights: how far losses and gradients of one batch are
-apart at the same weights, however far two runs would be.
+apart at the same weights, however far two runs would be; with --float64 also how far each gradient is from the one in
+float64.
 """
 
 import argparse
@@ -186,6 +187,13 @@ def evaluate_swapped(contestants: list[Contestant], val_set: DetectionDataset) -
     return metrics
 
 
+def double(batch: Batch) -> Batch:
+    """The batch in float64."""
+    images = [image.double() for image in batch.images]
+    targets = [{**target, "boxes": target["boxes"].double()} for target in batch.targets]
+    return batch._replace(images=images, targets=targets)
+
+
 def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: bool) -> dict[str, Any]:
     """Trains both a step each in turn; after each, how far apart losses are, and what a model holds beside its change.
 
@@ -194,11 +202,7 @@ def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: b
 
     def batches_of(loader):
         for _, batch in zip(range(steps), loader, strict=False):
-            if in_float64:
-                images = [image.double() for image in batch.images]
-                targets = [{**target, "boxes": target["boxes"].double()} for target in batch.targets]
-                batch = batch._replace(images=images, targets=targets)
-            yield batch
+            yield double(batch) if in_float64 else batch
 
     def whole(named: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
         return torch.cat([value.detach().double().flatten() for _, value in sorted(named)])
@@ -249,10 +253,14 @@ def gradients(model: nn.Module, batch: Batch) -> tuple[dict[str, float], dict[st
     return {name: loss.item() for name, loss in losses.items()}, named
 
 
-def compare_at_the_same_weights(contestants: list[Contestant], steps: int) -> dict[str, Any]:
-    """Trains the second; before each step, how far the first's losses and gradient of the batch are from its own."""
+def compare_at_the_same_weights(contestants: list[Contestant], steps: int, beside_float64: bool) -> dict[str, Any]:
+    """Trains the second; before each step, how far the first's losses and gradient of the batch are from its own.
+
+    And, where it is asked for, how far either gradient is from that of the second in float64.
+    """
     first, second = contestants
     second.loader.set_epoch(0)
+    exact_model = copy.deepcopy(second.model).double() if beside_float64 else None
     rows = []
     for step, batch in zip(range(steps), second.loader, strict=False):
         before = copy.deepcopy(second.model.state_dict())
@@ -263,18 +271,26 @@ def compare_at_the_same_weights(contestants: list[Contestant], steps: int) -> di
         def norm(values: Iterable[torch.Tensor]) -> float:
             return sum(float(value.square().sum()) for value in values) ** 0.5
 
-        rows.append(
-            {
-                "step": step + 1,
-                "losses": expected,
-                "relative_difference_of_the_losses": {
-                    name: abs(losses[name] - value) / value for name, value in expected.items()
-                },
-                "difference_of_the_gradients_over_their_norm": norm(own[name] - other[name] for name in other)
-                / norm(other.values()),
-                "ratio_of_the_norms_less_one": norm(own.values()) / norm(other.values()) - 1,
+        def apart(one: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+            return norm(one[name] - reference[name] for name in reference) / norm(reference.values())
+
+        row = {
+            "step": step + 1,
+            "losses": expected,
+            "relative_difference_of_the_losses": {
+                name: abs(losses[name] - value) / value for name, value in expected.items()
+            },
+            "difference_of_the_gradients_over_their_norm": apart(own, other),
+            "ratio_of_the_norms_less_one": norm(own.values()) / norm(other.values()) - 1,
+        }
+        if exact_model is not None:
+            exact_model.load_state_dict(before)
+            _, exact = gradients(exact_model, double(batch))
+            row["distance_to_the_gradient_in_float64"] = {
+                first.name: apart(own, exact),
+                second.name: apart(other, exact),
             }
-        )
+        rows.append(row)
         list(train_steps(second.stepper, [batch], first_step=step))
     return {"sides": [first.name, second.name], "at_the_same_weights": rows}
 
@@ -298,7 +314,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--own-weights", action="store_true", help="each model starts from its own random weights")
     parser.add_argument("--channels-last", action="store_true", help="channels_last weights for both")
     parser.add_argument("--lockstep", type=int, metavar="N", help="compare N steps instead, see above")
-    parser.add_argument("--float64", action="store_true", help="with --lockstep: in float64")
+    parser.add_argument("--float64", action="store_true", help="with --lockstep: in float64; --same-weights: beside it")
     parser.add_argument("--same-weights", type=int, metavar="N", help="compare N steps' gradients instead, see above")
     parser.add_argument("--twins", action="store_true", help="torchvision's against itself, see above")
     parser.add_argument("--output", type=Path, help="also write the json here")
@@ -309,8 +325,8 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.lockstep and arguments.same_weights:
         raise SystemExit("train_vs_torchvision.py: --lockstep and --same-weights are two comparisons: choose one")
-    if arguments.float64 and not arguments.lockstep:
-        raise SystemExit("train_vs_torchvision.py: --float64 belongs to --lockstep N")
+    if arguments.float64 and not (arguments.lockstep or arguments.same_weights):
+        raise SystemExit("train_vs_torchvision.py: --float64 belongs to --lockstep N or --same-weights N")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -326,7 +342,7 @@ def main() -> int:
         if arguments.lockstep:
             compared = compare_in_lockstep(contestants, arguments.lockstep, arguments.float64)
         else:
-            compared = compare_at_the_same_weights(contestants, arguments.same_weights)
+            compared = compare_at_the_same_weights(contestants, arguments.same_weights, arguments.float64)
         report = {**facts, **compared}
         print(json.dumps(report, indent=1))
         if arguments.output is not None:
