@@ -145,6 +145,12 @@ def test_at_the_same_weights(run, report, tmp_path, shapes):
     assert "| gradient of torchvision to that in float64 |" in table
 
 
+def test_at_the_same_weights_over_several_epochs(run, shapes):
+    pytest.importorskip("torchvision", reason="torchvision, the peer, is not installed")
+    written = run("train_vs_torchvision", "--data", shapes, "--same-weights", "9", "--every", "4", *SMALL)
+    assert [row["step"] for row in written["at_the_same_weights"]] == [1, 5, 9]
+
+
 def test_train_vs_reference(run, report, tmp_path, shapes):
     written = run("train_vs_reference", "--data", shapes, "--steps", "2", *SMALL)
     assert has_origin(written)
