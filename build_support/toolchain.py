@@ -21,6 +21,13 @@ from pathlib import Path
 MIN_TORCH = (2, 10)
 TORCH_REQUIREMENT = "torch>=2.10"
 SUPPORTED_CUDA_MAJORS = (12, 13)
+# The CUDA major of the torch that PyPI has for Linux, which pip brings where there is none.
+CUDA_MAJOR_OF_PYPI = 13
+# By these pip and uv are told to look for packages elsewhere.
+OTHER_PLACES_OF_PACKAGES = (
+    *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"),
+    *("UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_NO_INDEX"),
+)
 # What CUDA 13 compiles for: the answer before its compiler has been downloaded, which then is asked itself.
 CUDA_13_ARCHS = ["75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121"]
 COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc")
@@ -66,6 +73,10 @@ class Nvcc:
     version: tuple[int, int]
 
     @property
+    def release(self) -> str:
+        return ".".join(map(str, self.version))
+
+    @property
     def toolkit(self) -> Path:
         return self.path.parent.parent
 
@@ -90,7 +101,7 @@ class Plan:
             f"  CUDA            {cuda}",
         ]
         if self.cuda and self.nvcc:
-            lines.append(f"  nvcc            {'.'.join(map(str, self.nvcc.version))} at {self.nvcc.path}")
+            lines.append(f"  nvcc            {self.nvcc.release} at {self.nvcc.path}")
             lines.append(f"  architectures   {' '.join(self.archs)}")
         return "\n".join(lines)
 
@@ -226,19 +237,43 @@ def pypi_compiler(torch_cuda: str | None) -> list[str]:
     return [name + version for name in names]
 
 
-def check_nvcc(nvcc: Nvcc, torch: Torch) -> None:
-    have = ".".join(map(str, nvcc.version))
+def check_supported(nvcc: Nvcc) -> None:
     if nvcc.version[0] not in SUPPORTED_CUDA_MAJORS:
         raise BuildError(
-            f"nvcc {have} ({nvcc.path}) is not supported; retinanet_ext builds with CUDA 12 and 13.\n"
+            f"nvcc {nvcc.release} ({nvcc.path}) is not supported; retinanet_ext builds with CUDA 12 and 13.\n"
             f"Mend it with:  {install_with(CUDA_HOME='/path/to/cuda-13')}   or:  {CUDA_OFF_HINT}"
         )
+
+
+def check_nvcc(nvcc: Nvcc, torch: Torch) -> None:
+    check_supported(nvcc)
     if torch.cuda and nvcc.version[0] != int(torch.cuda.split(".")[0]):
         major = torch.cuda.split(".")[0]
         raise BuildError(
-            f"nvcc is of CUDA {have} ({nvcc.path}), and torch {torch.version} is built for CUDA {torch.cuda}; "
+            f"nvcc is of CUDA {nvcc.release} ({nvcc.path}), and torch {torch.version} is built for CUDA {torch.cuda}; "
             f"the majors must be equal.\n"
             f"Mend it with:  {install_with(CUDA_HOME=f'/path/to/cuda-{major}')}   or:  {CUDA_OFF_HINT}"
+        )
+
+
+def check_nvcc_before_torch(nvcc: Nvcc, wanted: str) -> None:
+    """What can be said of nvcc while torch is not there yet: ahead of pip's download of gigabytes, not behind it.
+
+    Where pip looks elsewhere than on PyPI the torch that comes may be for another CUDA, or for none, and it has to come
+    first. (Of an index on pip's command line a build learns nothing.)
+    """
+    elsewhere = any(os.environ.get(name) for name in OTHER_PLACES_OF_PACKAGES)
+    if elsewhere and wanted != "1":
+        return
+    check_supported(nvcc)
+    check_arch_list(supported_archs(nvcc))
+    major = CUDA_MAJOR_OF_PYPI
+    if not elsewhere and nvcc.version[0] != major:
+        raise BuildError(
+            f"there is no torch here, the one that pip brings is for CUDA {major}, and nvcc is of CUDA {nvcc.release} "
+            f"({nvcc.path}); the majors must be equal.\n"
+            f"Mend it with a torch for CUDA {nvcc.version[0]}, installed first (https://pytorch.org/get-started/locally has "
+            f"its command), or with:  {install_with(CUDA_HOME=f'/path/to/cuda-{major}')}   or:  {CUDA_OFF_HINT}"
         )
 
 
@@ -349,8 +384,14 @@ def missing_requirements() -> list[str]:
     wanted = cuda_wanted()
     torch = find_torch()
     if torch is None:
-        # pip takes the newest torch, which PyPI has for CUDA 13 on Linux; it is known only once it is there.
-        return [TORCH_REQUIREMENT] + (pypi_compiler(None) if wanted != "0" and find_nvcc() is None else [])
+        # pip takes the newest torch, which is known only once it is there.
+        if wanted == "0":
+            return [TORCH_REQUIREMENT]
+        nvcc = find_nvcc()
+        if nvcc is None:
+            return [TORCH_REQUIREMENT, *pypi_compiler(None)]
+        check_nvcc_before_torch(nvcc, wanted)
+        return [TORCH_REQUIREMENT]
     if not decide_cuda(torch)[0]:
         return []
     nvcc = find_nvcc()

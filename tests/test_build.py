@@ -47,7 +47,7 @@ def programs(tmp_path):
         path.chmod(path.stat().st_mode | stat.S_IEXEC)
         return path
 
-    add("c++", "exit 0")
+    add("c++", "exit 0")  # with nothing else on the PATH, whatever this machine has in /bin
     add.folder = folder
     return add
 
@@ -70,12 +70,12 @@ def ask(site: Path, programs, **environment: str) -> subprocess.CompletedProcess
     clean = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("RETINANET_EXT", "CUDA", "TORCH_CUDA", "CXX"))
+        if not name.startswith(("RETINANET_EXT", "CUDA", "TORCH_CUDA", "CXX", "PIP_", "UV_"))
     }
     return subprocess.run(
         [sys.executable, "-c", code, str(site)],
         cwd=ROOT,
-        env={**clean, "PATH": f"{programs.folder}:/bin", **environment},
+        env={**clean, "PATH": str(programs.folder), **environment},
         capture_output=True,
         text=True,
         timeout=60,
@@ -101,6 +101,30 @@ def test_missing_torch_and_nvcc_are_added_together(tmp_path, programs):
     assert "nvidia-cuda-nvcc>=13,<14" in result.stdout
     programs("nvcc", fake_nvcc("13.0"))
     assert ask(tmp_path, programs).stdout.strip() == "['torch>=2.10']"
+
+
+@pytest.mark.parametrize(
+    ("release", "environment", "words"),
+    [
+        ("12.4", {}, "there is no torch here, the one that pip brings is for CUDA 13, and nvcc is of CUDA 12.4"),
+        ("11.8", {}, "nvcc 11.8"),
+        ("11.8", {"RETINANET_EXT_CUDA": "1", "PIP_INDEX_URL": "https://example.org"}, "nvcc 11.8"),
+        ("13.0", {"TORCH_CUDA_ARCH_LIST": "1.0"}, "TORCH_CUDA_ARCH_LIST holds 1.0"),
+        ("13.0", {"TORCH_CUDA_ARCH_LIST": "sm_90"}, "entries look like 9.0"),
+    ],
+)
+def test_a_compiler_that_cannot_work_is_refused_before_torch_is_downloaded(
+    tmp_path, programs, release, environment, words
+):
+    programs("nvcc", fake_nvcc(release))
+    assert_refused(ask(tmp_path, programs, **environment), words)
+
+
+@pytest.mark.parametrize("elsewhere", ["PIP_INDEX_URL", "PIP_FIND_LINKS", "UV_INDEX"])
+def test_where_pip_looks_elsewhere_torch_may_be_for_any_cuda(tmp_path, programs, elsewhere):
+    programs("nvcc", fake_nvcc("12.8"))
+    result = ask(tmp_path, programs, **{elsewhere: "https://example.org/cu128"})
+    assert result.stdout.strip() == "['torch>=2.10']", result.stderr
 
 
 def test_cuda_torch_without_nvcc_takes_the_compiler_of_its_own_version(site_packages, programs):
@@ -287,9 +311,9 @@ def test_arch_list_in_cmake_notation():
 def planned(site: Path, programs, monkeypatch, **environment: str):
     """What `make_plan` decides in such an environment."""
     for name in list(os.environ):
-        if name.startswith(("RETINANET_EXT", "CUDA", "TORCH_CUDA", "CXX")):
+        if name.startswith(("RETINANET_EXT", "CUDA", "TORCH_CUDA", "CXX", "PIP_", "UV_")):
             monkeypatch.delenv(name)
-    for name, value in {"PATH": f"{programs.folder}:/bin", **environment}.items():
+    for name, value in {"PATH": str(programs.folder), **environment}.items():
         monkeypatch.setenv(name, value)
     toolchain = import_toolchain()
     monkeypatch.setattr(toolchain, "candidate_site_packages", lambda: [site])

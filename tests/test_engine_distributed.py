@@ -339,11 +339,18 @@ def rows(path):
         return [{**row, "seconds": ""} for row in csv.DictReader(stream)]
 
 
-def test_torchrun_trains_and_writes_one_run(data, tmp_path):
+def test_torchrun_trains_and_writes_one_run(data, tmp_path_factory, tmp_path):
+    """Also in a checkout, whose package is not compiled."""
+    program = Path(sys.executable).with_name("retinanet-ext")
+    if not program.is_file():
+        pytest.skip("the command retinanet-ext is not installed beside this Python")
+    checkout = tmp_path_factory.mktemp("checkout")
+    (checkout / "retinanet_ext").mkdir()
+    (checkout / "retinanet_ext" / "__init__.py").write_text("raise ImportError('not compiled')\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={SIZE}"]
     process = subprocess.run(
-        [*command, "-m", "retinanet_ext", *options(data, tmp_path / "run")],
-        cwd=tmp_path,
+        [*command, "--no-python", str(program), *options(data, tmp_path / "run")],
+        cwd=checkout,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

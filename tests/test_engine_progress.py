@@ -61,6 +61,15 @@ def test_tracked_items_are_counted_when_their_work_is_done(clock, capsys):
     assert capsys.readouterr().err.startswith(" 80% 4/5 [00:32<00:08,  8.00s/image")
 
 
+def test_a_data_set_that_is_being_opened_says_how_far_it_is(clock, capsys, tmp_path):
+    from retinanet_ext.data import generate_shapes, open_dataset
+
+    data = generate_shapes(tmp_path / "data", train_images=5, val_images=1, image_size=32)
+    dataset = open_dataset(data, "train", progress=lambda images: clock.work(progress.reading(images)))
+    assert len(dataset) == 5
+    assert capsys.readouterr().err.startswith("reading the data set:  80% 4/5 [00:32<00:08,  8.00s/image")
+
+
 def test_on_a_terminal_a_bar(clock, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True

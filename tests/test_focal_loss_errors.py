@@ -257,12 +257,33 @@ def test_options_that_are_no_numbers(options, message):
         sigmoid_focal_loss(X, T, **options)
 
 
-@pytest.mark.parametrize("name", ["inputs", "targets"])
+@pytest.mark.parametrize("name", ["inputs", "targets", "weight", "alpha"])
 def test_sparse_tensors(name):
     tensors = {"inputs": X, "targets": torch.zeros_like(X)}
+    if name in ("weight", "alpha"):
+        tensors = {"inputs": X, "targets": T, name: torch.ones(X.shape[-1])}
     tensors[name] = tensors[name].to_sparse()
-    with pytest.raises(ValueError, match=f"{name} must be dense, and are torch.sparse_coo"):
+    with pytest.raises(ValueError, match=f"{name} must be a dense tensor, and is torch.sparse_coo"):
         sigmoid_focal_loss(**tensors)
+
+
+def test_nested_tensors():
+    nested = torch.nested.nested_tensor([torch.zeros(2, 4), torch.zeros(3, 4)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="inputs must be a dense tensor, and is nested"):
+        sigmoid_focal_loss(nested, nested)
+
+
+@pytest.mark.parametrize("name", ["weight", "alpha"])
+def test_complex_numbers_by_class(name):
+    values = torch.ones(X.shape[-1], dtype=torch.complex64)
+    with pytest.raises(ValueError, match=f"{name} must be a tensor of real numbers, and is torch.complex64"):
+        sigmoid_focal_loss(X, T, **{name: values})
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1])
+def test_ignore_index_beyond_int64(value):
+    with pytest.raises(ValueError, match=f"ignore_index must be in the range of int64, and is {value}"):
+        sigmoid_focal_loss(X, T, ignore_index=value)
 
 
 def test_reduction_that_is_no_string():

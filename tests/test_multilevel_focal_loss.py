@@ -256,11 +256,11 @@ LEVELS = [torch.zeros(2, 10, 2, 2), torch.zeros(2, 10, 1, 1)]
 TARGETS = torch.zeros(2, 10, dtype=torch.int64)
 
 MISTAKES = {
-    "a tensor for the list": (
-        (LEVELS[0], TARGETS),
-        "logits must be a list of tensors, one a level, and is Tensor",
+    "no level": (([], TARGETS), "logits must be a list of one tensor at least, and is empty"),
+    "a sparse level": (
+        ([LEVELS[0], LEVELS[1].to_sparse()], TARGETS),
+        "logits[1] must be a dense tensor, and is torch.sparse_coo",
     ),
-    "no level": (([], TARGETS), "logits must be a list of tensors, one a level, and is list"),
     "soft targets": (
         (LEVELS, TARGETS.float()),
         "targets must be integers of shape [B, N], and are torch.float32 of shape (2, 10)",
@@ -311,6 +311,10 @@ MISTAKES = {
         (LEVELS, TARGETS, 0.25, 2.0, torch.ones(3)),
         "normalizer must be a number, or a scalar or [2] tensor, and has shape (3,)",
     ),
+    "complex normalizer": (
+        (LEVELS, TARGETS, 0.25, 2.0, torch.ones(2, dtype=torch.complex64)),
+        "normalizer must be a tensor of real numbers, and is torch.complex64",
+    ),
 }
 
 
@@ -327,6 +331,24 @@ def test_a_normalizer_elsewhere_or_of_another_kind():
         multilevel_focal_loss(LEVELS, TARGETS, normalizer=normalizer)
     with pytest.raises(TypeError, match="normalizer must be a number or a tensor, and is str"):
         multilevel_focal_loss(LEVELS, TARGETS, normalizer="a")
+
+
+@pytest.mark.parametrize(
+    "value", [5, None, LEVELS[0], iter(LEVELS), dict(enumerate(LEVELS))], ids=lambda v: type(v).__name__
+)
+def test_logits_that_are_no_list(value):
+    words = f"logits must be a list of tensors, one a level, and is {type(value).__name__}"
+    with pytest.raises(TypeError, match=f"multilevel_focal_loss: {words}"):
+        multilevel_focal_loss(value, TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("alpha", "a"), ("alpha", None), ("alpha", torch.ones(5)), ("gamma", "2"), ("gamma", None)]
+)
+def test_options_that_are_no_numbers(option, value):
+    words = f"multilevel_focal_loss: {option} must be a number, and is {type(value).__name__}"
+    with pytest.raises(TypeError, match=words):
+        multilevel_focal_loss(LEVELS, TARGETS, **{option: value})
 
 
 def test_what_is_no_tensor():

@@ -20,7 +20,7 @@ def add_parser(commands) -> None:
         "--anchor-sizes 16 32 64 128 256\n"
         "  retinanet-ext train cells --arch resnet50 --weights resnet50.pth\n"
         "  retinanet-ext train --resume runs/train\n"
-        "  torchrun --nproc-per-node=8 -m retinanet_ext train train.json --val-data val.json --batch-size 16\n"
+        "  torchrun --nproc-per-node=8 --no-python retinanet-ext train train.json --val-data val.json --batch-size 16\n"
         "docs/training.md says what each option does and when it helps.",
         "Train a RetinaNet, from random weights unless --weights names others. The run folder receives args.json, "
         "results.csv (an epoch a row), steps.csv, results.png, labels.png, train_batch*.jpg, problems.txt, "

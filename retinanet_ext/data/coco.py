@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .classes import check_classes
-from .dataset import DatasetError, DetectionDataset, Problem, RawObject, add_objects, check_images
+from .dataset import DatasetError, DetectionDataset, Problem, RawObject, Track, add_objects, check_images
 
 
 class CocoDataset(DetectionDataset):
@@ -20,7 +20,7 @@ class CocoDataset(DetectionDataset):
 
     `annotation_file`: the json. `image_folder`: where each image's `file_name` lies. `class_names`: the
     classes, in the order of the labels, matched by name; without it, the json's own categories. `iscrowd`
-    objects are marked `ignore`. `verify`: "header" or "decode", see `data.dataset`.
+    objects are marked `ignore`. `verify`: "header" or "decode", `progress`: see `data.dataset.check_images`.
 
     An image id or category id that comes again is reported and its second use left out; an annotation id that
     comes again is reported, and left out if the annotation is the same. Categories of one name are reported and
@@ -35,6 +35,7 @@ class CocoDataset(DetectionDataset):
         *,
         class_names: Sequence[str] | None = None,
         verify: str = "header",
+        progress: Track | None = None,
     ):
         annotation_file, image_folder = Path(annotation_file), Path(image_folder)
         content = _read_json(annotation_file)
@@ -55,7 +56,7 @@ class CocoDataset(DetectionDataset):
             (image_folder / entry["file_name"], image_id, entry.get("width"), entry.get("height"))
             for image_id, entry in images.items()
         ]
-        records = check_images(candidates, verify, problems)
+        records = check_images(candidates, verify, problems, progress=progress)
         objects = _read_objects(content["annotations"], images, categories, label_of_id, file, problems)
         for record in records:
             if record is not None:

@@ -7,7 +7,7 @@ too. An image whose pixels turn out to be broken only when it is read raises `Un
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,10 @@ def summarise(problems: Sequence[Problem], examples: int = 2) -> list[str]:
         found = [problem for problem in problems if problem.message.split(":")[0] == kind]
         lines.extend(f"    {problem}" for problem in found[:examples])
     return lines
+
+
+# Hands out what it is given one by one, and says how far it is.
+Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 @dataclass
@@ -269,7 +273,11 @@ def to_unit(image: Tensor) -> Tensor:
 
 
 def check_images(
-    candidates: Sequence[tuple[Path, int, Any, Any]], verify: str, problems: list[Problem], sizes: bool = True
+    candidates: Sequence[tuple[Path, int, Any, Any]],
+    verify: str,
+    problems: list[Problem],
+    sizes: bool = True,
+    progress: Track | None = None,
 ) -> list[ImageRecord | None]:
     """Open every image file and hold its size against the annotation; None where the image is left out.
 
@@ -277,12 +285,18 @@ def check_images(
     `verify`: "header" reads the size only, "decode" all pixels. An image whose size is not the annotated one
     is left out, since its boxes mean nothing then; one that agrees once turned upright by its EXIF tag is
     read upright. `sizes` False: these annotations have none, and speak of every image as it is upright.
+    `progress` wraps the images that are waited for (tqdm, for instance).
     """
     if verify not in ("header", "decode"):
         raise ValueError(f'verify: expected "header" or "decode", got {verify!r}')
     require("PIL.Image")
     with ThreadPoolExecutor(max_workers=8) as pool:
-        results = list(pool.map(lambda candidate: _check_image(*candidate, verify, sizes), candidates))
+        checked = [pool.submit(_check_image, *candidate, verify, sizes) for candidate in candidates]
+        try:
+            results = [one.result() for one in (checked if progress is None else progress(checked))]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # not one image more
+            raise
     for _, problem in results:
         if problem is not None:
             problems.append(problem)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .coco import CocoDataset
-from .dataset import DatasetError, DetectionDataset
+from .dataset import DatasetError, DetectionDataset, Track
 from .voc import VocDataset
 from .yolo import YAML_SUFFIXES, YoloDataset, splits_of_yaml
 
@@ -18,6 +18,7 @@ def open_dataset(
     images: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     verify: str = "header",
+    progress: Track | None = None,
 ) -> DetectionDataset:
     """Open a data set, whatever its form.
 
@@ -29,22 +30,24 @@ def open_dataset(
     Without `images`, the image folder of a json is the first of `SPLIT`, `images/SPLIT`, `SPLIT2017`,
     `images`, in the json's folder or the one above, that exists; the json's own folder otherwise.
 
-    Raises DatasetError where `source` is none of these.
+    `verify`: "header" or "decode", what is read of each image now. `progress` wraps the images that are waited for
+    (tqdm, for instance). Raises DatasetError where `source` is none of these.
     """
     source = Path(source)
     if source.is_file() and names_splits(source):
-        return YoloDataset(source, split, class_names=class_names, verify=verify)
+        return YoloDataset(source, split, class_names=class_names, verify=verify, progress=progress)
     if source.is_file():
         return CocoDataset(
             source,
             images or _guess_images(source, split),
             class_names=class_names,
             verify=verify,
+            progress=progress,
         )
     if not source.exists():
         raise DatasetError(f"{source}: no such file or folder")
     if (source / "ImageSets" / "Main").is_dir():
-        return VocDataset(source, split, class_names=class_names, verify=verify)
+        return VocDataset(source, split, class_names=class_names, verify=verify, progress=progress)
     names = _json_names(split)
     for name in names:
         json_file = source / "annotations" / name
@@ -54,9 +57,10 @@ def open_dataset(
                 images or _guess_images(json_file, split),
                 class_names=class_names,
                 verify=verify,
+                progress=progress,
             )
     if (source / "data.yaml").is_file():
-        return YoloDataset(source / "data.yaml", split, class_names=class_names, verify=verify)
+        return YoloDataset(source / "data.yaml", split, class_names=class_names, verify=verify, progress=progress)
     raise DatasetError(
         f"{source}: not a data set: expected a COCO json file, a folder with annotations/{names[0]} "
         f"(or {names[1]}), a VOC folder with ImageSets/Main/{split}.txt, or a YOLO yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from .classes import check_classes
-from .dataset import DatasetError, DetectionDataset, Problem, RawObject, add_objects, check_images
+from .dataset import DatasetError, DetectionDataset, Problem, RawObject, Track, add_objects, check_images
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -22,7 +22,7 @@ class VocDataset(DetectionDataset):
     `root`: the folder. `split`: the name of a list in ImageSets/Main, without `.txt`. `class_names`: the
     classes, in the order of the labels; without it, the names found in the split's annotations, sorted.
     Objects of another class are left out and reported. `difficult` objects are marked `ignore`. Image ids are
-    the line numbers of the list. `verify`: "header" or "decode", see `data.dataset`.
+    the line numbers of the list. `verify`: "header" or "decode", `progress`: see `data.dataset.check_images`.
 
     Raises DatasetError where the folder or the list is missing, no image is usable, or no object is of one of
     `class_names`.
@@ -35,6 +35,7 @@ class VocDataset(DetectionDataset):
         *,
         class_names: Sequence[str] | None = None,
         verify: str = "header",
+        progress: Track | None = None,
     ):
         root = Path(root)
         problems: list[Problem] = []
@@ -53,7 +54,7 @@ class VocDataset(DetectionDataset):
             size = tree.find("size")
             width, height = (None, None) if size is None else (_size(size, "width"), _size(size, "height"))
             candidates.append((path, names[name], width, height))
-        records = check_images(candidates, verify, problems)
+        records = check_images(candidates, verify, problems, progress=progress)
         for record, (name, tree) in zip(records, annotations.items(), strict=True):
             if record is not None:
                 file = str(root / "Annotations" / f"{name}.xml")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .classes import check_classes
-from .dataset import DatasetError, DetectionDataset, Problem, RawObject, add_objects, check_images
+from .dataset import DatasetError, DetectionDataset, Problem, RawObject, Track, add_objects, check_images
 from .extras import require
 from .voc import IMAGE_SUFFIXES
 
@@ -25,7 +25,8 @@ class YoloDataset(DetectionDataset):
     `yaml_file`: has `names` (a list, or numbers with names) and for each split a folder of images, a text file with a
     path a line, or a list of these; relative to `path`, which is relative to the yaml's folder. `split`: "train", "val"
     or another key. `class_names`: the classes, in the order of the labels, matched by name; without it, the yaml's.
-    Image ids count from 1 in the order of the paths. `verify`: "header" or "decode", see `data.dataset`.
+    Image ids count from 1 in the order of the paths. `verify`: "header" or "decode", `progress`: see
+    `data.dataset.check_images`.
 
     An image without a label file has no objects; problems name the label file and the line. Raises DatasetError where
     the yaml or the split is missing or not of this form, no image is usable, no image has a label file, or no class is
@@ -39,6 +40,7 @@ class YoloDataset(DetectionDataset):
         *,
         class_names: Sequence[str] | None = None,
         verify: str = "header",
+        progress: Track | None = None,
     ):
         yaml_file = Path(yaml_file)
         name = f"{yaml_file} [{split}]"
@@ -58,7 +60,7 @@ class YoloDataset(DetectionDataset):
                 f"{name}: none of its {len(paths)} images has a label file; the first would be {labels[0]}"
             )
         candidates = [(path, number, None, None) for number, path in enumerate(paths, start=1)]
-        records = check_images(candidates, verify, problems, sizes=False)
+        records = check_images(candidates, verify, problems, sizes=False, progress=progress)
         for record, label in zip(records, labels, strict=True):
             if record is not None:
                 objects = _read_labels(label, record.width, record.height, names, label_of, problems)

@@ -8,6 +8,7 @@ from pathlib import Path
 from retinanet_ext.data import DatasetError, DetectionDataset, Problem, open_dataset, summarise
 
 from .plots_labels import plot_labels
+from .progress import reading
 from .run_folder import RunFolder
 from .sheets import spread, write_annotations
 
@@ -35,7 +36,9 @@ def check_data(
     for split in splits:
         class_names = next(iter(sets.values())).class_names if sets else None
         try:
-            dataset = open_dataset(source, split, images=images, class_names=class_names, verify="decode")
+            dataset = open_dataset(
+                source, split, images=images, class_names=class_names, verify="decode", progress=reading
+            )
         except DatasetError as error:
             raise DatasetError(f"split {split}: {error}") from None
         sets[split] = dataset

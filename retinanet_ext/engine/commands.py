@@ -22,7 +22,7 @@ from .distributed import World, joined, started_world
 from .evaluate import evaluate, format_best, format_metrics
 from .export import export
 from .predict import find_images, predict_files
-from .progress import track
+from .progress import reading, track
 from .run_folder import RunFolder, new_run_dir, write_json
 from .settings import SettingError, UsageError, check_count, check_probability
 from .train import EXTRAS, Training, report_problems
@@ -123,6 +123,7 @@ def _val(arguments: argparse.Namespace, run: RunFolder) -> int:
         images=arguments.images,
         class_names=class_names,
         verify="decode" if arguments.strict else arguments.verify,
+        progress=reading,
     )
     run.problems.unlink(missing_ok=True)
     report_problems(dataset, run, print, arguments.strict)
@@ -219,7 +220,7 @@ def run_anchors(arguments: argparse.Namespace) -> int:
         anchor_sizes=tuple(arguments.anchor_sizes),
         aspect_ratios=tuple(arguments.aspect_ratios),
     )
-    dataset = open_dataset(arguments.data, arguments.split, images=arguments.images)
+    dataset = open_dataset(arguments.data, arguments.split, images=arguments.images, progress=reading)
     print(dataset.describe())
     print(report_anchors(dataset, config))
     return 0
@@ -227,7 +228,7 @@ def run_anchors(arguments: argparse.Namespace) -> int:
 
 def run_check_data(arguments: argparse.Namespace) -> int:
     """Read a data set in full and say what is wrong with it."""
-    require_all("PIL.Image", "matplotlib.figure")
+    require_all("PIL.Image", "matplotlib.figure", "tqdm")
     splits = arguments.split or find_splits(arguments.data) or ["train"]
     with new_run_dir(arguments.run_dir, "check") as folder:
         run = RunFolder(folder)

@@ -66,12 +66,19 @@ class Progress:
         )
 
 
-def track(items: Iterable[Item], unit: str) -> Iterator[Item]:
+def track(items: Iterable[Item], unit: str, description: str = "") -> Iterator[Item]:
     """`items`, which have a length, one by one with their progress."""
     with Progress(len(items), unit) as progress:
+        if description:
+            progress.describe(description)
         for item in items:
             yield item
             progress.advance()
+
+
+def reading(images: Iterable[Item]) -> Iterator[Item]:
+    """The images of a data set that is being opened, as `open_dataset(progress=...)` asks for them."""
+    return track(images, "image", "reading the data set")
 
 
 def memory_held(device: torch.device) -> str:

@@ -45,6 +45,7 @@ from .evaluate import METRICS, Evaluation
 from .failure import NotFiniteError, TrainingError
 from .graphed_stepper import GraphedStepper
 from .loop import train_steps
+from .progress import reading
 from .rank_evaluation import evaluate_together
 from .recorder import EpochMeans, Recorder, report_problems
 from .run_folder import RunFolder, RunFolderError
@@ -60,7 +61,7 @@ def open_datasets(
 ) -> tuple[DetectionDataset, DetectionDataset | None]:
     """The training set and, unless `validate_every` is 0, the validation set, their problems reported."""
     verify = "decode" if config.strict else config.verify
-    train_set = open_dataset(config.data, config.split, images=config.images, verify=verify)
+    train_set = open_dataset(config.data, config.split, images=config.images, verify=verify, progress=reading)
     sets = [train_set]
     if config.validate_every:
         if config.val_data is None and Path(config.data).is_file() and not names_splits(config.data):
@@ -74,6 +75,7 @@ def open_datasets(
                 images=config.val_images or config.images,
                 class_names=train_set.class_names,
                 verify=verify,
+                progress=reading,
             )
         except DatasetError as error:
             raise DatasetError(f"validation set: {error} (--no-val trains without one)") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -14,11 +13,18 @@ from .. import (
 )
 from ..reference.focal_loss import autocast_enabled
 from . import one_pass
+from .focal_checks import (
+    FLOATING,
+    INDICES,
+    INTEGERS,
+    check_alpha,
+    check_dense,
+    check_gamma,
+    check_number,
+    check_real,
+)
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-NUMBERS = (Real, torch.SymFloat, torch.SymInt)
-INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 _forward = torch.ops.retinanet_ext.sigmoid_focal_loss.default
 _backward = torch.ops.retinanet_ext.sigmoid_focal_loss_backward.default
@@ -262,67 +268,54 @@ def _mean_divisor(inputs: Tensor, targets: Tensor, options: Options) -> Tensor:
 
 def _check(inputs, targets, alpha, gamma, reduction, weight, label_smoothing, ignore_index) -> None:
     """Raises a ValueError or TypeError that names the argument, what was expected and what came."""
-    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
-        wrong = "inputs" if not isinstance(inputs, Tensor) else "targets"
-        value = inputs if wrong == "inputs" else targets
-        raise TypeError(f"sigmoid_focal_loss: {wrong} must be a tensor, and is {type(value).__name__}")
+    op = "sigmoid_focal_loss"
     for name, value in (("inputs", inputs), ("targets", targets)):
-        if value.layout != torch.strided:
-            raise ValueError(f"sigmoid_focal_loss: {name} must be dense, and are {value.layout}")
+        check_dense(op, name, value)
     if inputs.dtype not in FLOATING:
-        raise ValueError(
-            f"sigmoid_focal_loss: inputs must be float64, float32, float16 or bfloat16, and are {inputs.dtype}"
-        )
+        raise ValueError(f"{op}: inputs must be float64, float32, float16 or bfloat16, and are {inputs.dtype}")
     if inputs.device != targets.device:
-        raise ValueError(
-            f"sigmoid_focal_loss: targets must be on the device of inputs, {inputs.device}, and are on {targets.device}"
-        )
+        raise ValueError(f"{op}: targets must be on the device of inputs, {inputs.device}, and are on {targets.device}")
     if targets.is_floating_point():
         if targets.shape != inputs.shape:
             raise ValueError(
-                f"sigmoid_focal_loss: floating targets must have the shape of inputs, {tuple(inputs.shape)}, "
+                f"{op}: floating targets must have the shape of inputs, {tuple(inputs.shape)}, "
                 f"and have shape {tuple(targets.shape)}"
             )
         if weight is not None:
-            raise ValueError("sigmoid_focal_loss: weight needs integer targets, and targets are floating")
+            raise ValueError(f"{op}: weight needs integer targets, and targets are floating")
         if label_smoothing:
-            raise ValueError("sigmoid_focal_loss: label_smoothing needs integer targets, and targets are floating")
+            raise ValueError(f"{op}: label_smoothing needs integer targets, and targets are floating")
     elif targets.dtype not in INDICES:
-        raise ValueError(
-            f"sigmoid_focal_loss: targets must be floating, or integer class indices, and are {targets.dtype}"
-        )
+        raise ValueError(f"{op}: targets must be floating, or integer class indices, and are {targets.dtype}")
     elif targets.shape != inputs.shape[:-1] or inputs.dim() == 0:
         hint = " (for 0/1 targets of that shape use targets.float())" if targets.shape == inputs.shape else ""
         raise ValueError(
-            "sigmoid_focal_loss: integer targets must have the shape of inputs without its last dimension, "
+            f"{op}: integer targets must have the shape of inputs without its last dimension, "
             f"{tuple(inputs.shape[:-1])}, and have shape {tuple(targets.shape)}{hint}"
         )
-    for name, value in (("alpha", alpha), ("gamma", gamma), ("label_smoothing", label_smoothing)):
-        if not isinstance(value, NUMBERS) and not (name == "alpha" and isinstance(value, Tensor)):
-            raise TypeError(f"sigmoid_focal_loss: {name} must be a number, and is {type(value).__name__}")
-    if not isinstance(ignore_index, (Integral, torch.SymInt)):
-        raise TypeError(f"sigmoid_focal_loss: ignore_index must be an integer, and is {type(ignore_index).__name__}")
-    if not isinstance(alpha, Tensor) and not (0 <= alpha <= 1 or alpha == -1):
-        raise ValueError(f"sigmoid_focal_loss: alpha must be in [0, 1], or -1 for no balancing, and is {alpha}")
-    if not 0 <= gamma < float("inf"):
-        raise ValueError(f"sigmoid_focal_loss: gamma must be finite and >= 0, and is {gamma}")
+    if not isinstance(alpha, Tensor):
+        check_alpha(op, alpha)
+    check_gamma(op, gamma)
+    check_number(op, "label_smoothing", label_smoothing)
+    if not isinstance(ignore_index, INTEGERS):
+        raise TypeError(f"{op}: ignore_index must be an integer, and is {type(ignore_index).__name__}")
+    if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must be in the range of int64, and is {ignore_index}")
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"sigmoid_focal_loss: label_smoothing must be in [0, 1], and is {label_smoothing}")
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], and is {label_smoothing}")
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"sigmoid_focal_loss: reduction must be 'none', 'mean' or 'sum', and is {reduction!r}")
+        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', and is {reduction!r}")
 
 
 def _check_per_class(name: str, values: Tensor, inputs: Tensor) -> None:
+    op = "sigmoid_focal_loss"
     num_classes = inputs.shape[-1] if inputs.dim() else 1
     if not isinstance(values, Tensor) or tuple(values.shape) != (num_classes,):
         came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"sigmoid_focal_loss: {name} must be a tensor of shape ({num_classes},), one value a class, and is {came}"
-        )
+        raise ValueError(f"{op}: {name} must be a tensor of shape ({num_classes},), one value a class, and is {came}")
+    check_real(op, name, values)
     if values.device != inputs.device:
-        raise ValueError(
-            f"sigmoid_focal_loss: {name} must be on the device of inputs, {inputs.device}, and is on {values.device}"
-        )
+        raise ValueError(f"{op}: {name} must be on the device of inputs, {inputs.device}, and is on {values.device}")
 
 
 def sigmoid_focal_loss(
@@ -357,7 +350,7 @@ def sigmoid_focal_loss(
         weight: [K], a factor for the rows of each target class; background rows have 1. Integer targets only.
         label_smoothing: s in [0, 1]; the cross-entropy takes s/2 and 1 - s/2 for 0 and 1, while the modulation and
             ``alpha`` keep the hard label. Integer targets only.
-        ignore_index: the value of ``targets`` whose rows are left out. Integer targets only.
+        ignore_index: the value of integer ``targets`` whose rows are left out; floating targets have no such rows.
 
     Returns:
         ``"none"``: the dtype of ``inputs`` (float32 under autocast). ``"sum"``, ``"mean"``: a scalar, float32 for half

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _load  # noqa: F401 - registers the operators
 from ..reference.focal_loss import compute_dtype, infer_num_classes
 from . import one_pass
-from .focal_loss import FLOATING, INDICES, NUMBERS
+from .focal_checks import FLOATING, INDICES, NUMBERS, check_alpha, check_dense, check_gamma, check_real
 
 _forward = torch.ops.retinanet_ext.multilevel_focal_loss.default
 _backward = torch.ops.retinanet_ext.multilevel_focal_loss_backward.default
@@ -212,6 +212,7 @@ def multilevel_focal_loss(
 
     Raises:
         ValueError: shapes that do not fit together, or an option outside its range.
+        TypeError: ``logits`` is no list of tensors, ``targets`` no tensor, or an option no number.
 
     Source: arXiv 1708.02002, equation 5.
     """
@@ -239,14 +240,15 @@ def multilevel_focal_loss(
 def _check_multilevel(logits, targets, alpha, gamma, normalizer) -> int:
     """The number of classes; a ValueError or TypeError that names the argument, what was expected and what came."""
     name = "multilevel_focal_loss"
-    if isinstance(logits, Tensor) or len(logits) == 0:
-        raise ValueError(f"{name}: logits must be a list of tensors, one a level, and is {type(logits).__name__}")
+    if isinstance(logits, Tensor) or not isinstance(logits, Sequence):
+        raise TypeError(f"{name}: logits must be a list of tensors, one a level, and is {type(logits).__name__}")
+    if len(logits) == 0:
+        raise ValueError(f"{name}: logits must be a list of one tensor at least, and is empty")
     for argument, value in (
         ("targets", targets),
         *((f"logits[{i}]", level) for i, level in enumerate(logits)),
     ):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {argument} must be a tensor, and is {type(value).__name__}")
+        check_dense(name, argument, value)
     if targets.dim() != 2 or targets.dtype not in INDICES:
         raise ValueError(
             f"{name}: targets must be integers of shape [B, N], and are {targets.dtype} of shape {tuple(targets.shape)}"
@@ -278,11 +280,10 @@ def _check_multilevel(logits, targets, alpha, gamma, normalizer) -> int:
             raise ValueError(
                 f"{name}: logits[{i}] has {channels} channels, which do not hold whole anchors of {num_classes} classes"
             )
-    if not (0 <= alpha <= 1 or alpha == -1):
-        raise ValueError(f"{name}: alpha must be in [0, 1], or -1 for no balancing, and is {alpha}")
-    if not 0 <= gamma < float("inf"):
-        raise ValueError(f"{name}: gamma must be finite and >= 0, and is {gamma}")
+    check_alpha(name, alpha)
+    check_gamma(name, gamma)
     if isinstance(normalizer, Tensor):
+        check_real(name, "normalizer", normalizer)
         if normalizer.numel() != 1 and tuple(normalizer.shape) != (batch,):
             raise ValueError(
                 f"{name}: normalizer must be a number, or a scalar or [{batch}] tensor, and has shape "
