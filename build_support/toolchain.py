@@ -272,8 +272,8 @@ def check_nvcc_before_torch(nvcc: Nvcc, wanted: str) -> None:
         raise BuildError(
             f"there is no torch here, the one that pip brings is for CUDA {major}, and nvcc is of CUDA {nvcc.release} "
             f"({nvcc.path}); the majors must be equal.\n"
-            f"Mend it with a torch for CUDA {nvcc.version[0]}, installed first "
-            f"(https://pytorch.org/get-started/locally), or with:  {install_with(CUDA_HOME=f'/path/to/cuda-{major}')}   or:  {CUDA_OFF_HINT}"
+            f"Mend it with a torch for CUDA {nvcc.version[0]} first (https://pytorch.org/get-started/locally), "
+            f"or with:  {install_with(CUDA_HOME=f'/path/to/cuda-{major}')}   or:  {CUDA_OFF_HINT}"
         )
 
 
