@@ -104,6 +104,8 @@ def gradients(what: str, folder: Path) -> str:
     differences = {f"`{name}`": [values[name] for values in by_loss] for name in by_loss[0]}
     differences["gradient, of its norm"] = [step["difference_of_the_gradients_over_their_norm"] for step in steps]
     differences["norm of the gradient"] = [abs(step["ratio_of_the_norms_less_one"]) for step in steps]
+    if "difference_of_the_steps_over_their_size" in steps[0]:
+        differences["step of AdamW, of its size"] = [step["difference_of_the_steps_over_their_size"] for step in steps]
     for side in steps[0].get("distance_to_the_gradient_in_float64", {}):
         distances = [step["distance_to_the_gradient_in_float64"][side] for step in steps]
         differences[f"gradient of {side} to that in float64"] = distances

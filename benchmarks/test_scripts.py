@@ -138,10 +138,12 @@ def test_at_the_same_weights(run, report, tmp_path, shapes):
     for row in written["at_the_same_weights"]:
         assert max(row["relative_difference_of_the_losses"].values()) < 1e-5
         assert row["difference_of_the_gradients_over_their_norm"] < 1e-3
+        assert row["difference_of_the_steps_over_their_size"] < 1e-2
         for side in ("retinanet_ext", "torchvision"):
             assert 0 < row["distance_to_the_gradient_in_float64"][side] < 1e-3
     table = report.gradients("some", tmp_path)
     assert "| `classification` |" in table
+    assert "| step of AdamW, of its size |" in table
     assert "| gradient of torchvision to that in float64 |" in table
 
 

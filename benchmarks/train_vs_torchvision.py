@@ -22,9 +22,9 @@ how far rounding drives two runs of one computation apart; without --lockstep, h
 
     python benchmarks/train_vs_torchvision.py --data VOC_FOLDER --same-weights 51
 
-trains torchvision's model and before each step gives ours its weights: how far losses and gradients of one batch are
-apart at the same weights, however far two runs would be; with --float64 also how far each gradient is from the one in
-float64. Over a whole training, --same-weights 471 --every 5 compares before one step in five.
+trains torchvision's model and before each step gives ours its weights and its optimizer's state: how far losses,
+gradients and the steps that are taken are apart, however far two runs would be; with --float64 also how far each
+gradient is from the one in float64. Over a whole training, --same-weights 471 --every 5 compares one step in five.
 """
 
 import argparse
@@ -195,6 +195,15 @@ def double(batch: Batch) -> Batch:
     return batch._replace(images=images, targets=targets)
 
 
+def whole(named: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
+    """Tensors in the order of their names, as one vector in float64."""
+    return torch.cat([value.detach().double().flatten() for _, value in sorted(named)])
+
+
+def weights_of(model: nn.Module) -> torch.Tensor:
+    return whole(model.named_parameters())
+
+
 def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: bool) -> dict[str, Any]:
     """Trains both a step each in turn; after each, how far apart losses are, and what a model holds beside its change.
 
@@ -205,16 +214,10 @@ def compare_in_lockstep(contestants: list[Contestant], steps: int, in_float64: b
         for _, batch in zip(range(steps), loader, strict=False):
             yield double(batch) if in_float64 else batch
 
-    def whole(named: Iterable[tuple[str, torch.Tensor]]) -> torch.Tensor:
-        return torch.cat([value.detach().double().flatten() for _, value in sorted(named)])
-
-    def weights(model: nn.Module) -> torch.Tensor:
-        return whole(model.named_parameters())
-
     def statistics_of(model: nn.Module) -> torch.Tensor:
         return whole((name, value) for name, value in model.named_buffers() if ".running_" in name)
 
-    held = {"weights": weights, "running_statistics": statistics_of}
+    held = {"weights": weights_of, "running_statistics": statistics_of}
     runs = []
     for contestant in contestants:
         if in_float64:
@@ -266,13 +269,14 @@ def compare_at_the_same_weights(
 ) -> dict[str, Any]:
     """Trains the second; before one step in `every`, how far the first's losses and gradient of the batch are from its.
 
-    And, where it is asked for, how far either gradient is from that of the second in float64.
+    And how far apart that step takes both, with the same state of the optimizer too; and, where it is asked for, how
+    far either gradient is from that of the second in float64.
     """
     first, second = contestants
     exact_model = copy.deepcopy(second.model).double() if beside_float64 else None
     rows = []
 
-    def compare(step: int, batch: Batch) -> None:
+    def compare(step: int, batch: Batch) -> dict[str, Any]:
         before = copy.deepcopy(second.model.state_dict())
         first.model.load_state_dict(before)
         (losses, own), (expected, other) = (gradients(side.model, batch) for side in contestants)
@@ -300,12 +304,25 @@ def compare_at_the_same_weights(
                 first.name: apart(own, exact),
                 second.name: apart(other, exact),
             }
-        rows.append(row)
+        return row
+
+    def take_state_of_second() -> None:
+        first.model.load_state_dict(second.model.state_dict())
+        for part in ("optimizer", "scheduler"):
+            state = copy.deepcopy(getattr(second.stepper, part).state_dict())
+            getattr(first.stepper, part).load_state_dict(state)
 
     for step, batch in zip(range(steps), batches_of_epochs(second.loader), strict=False):
+        sides = [second]
         if step % every == 0:
-            compare(step, batch)
-        list(train_steps(second.stepper, [batch], first_step=step))
+            rows.append(compare(step, batch))
+            take_state_of_second()
+            start, sides = weights_of(second.model), contestants
+        for side in sides:
+            list(train_steps(side.stepper, [batch], first_step=step))
+        if first in sides:
+            moved, expected = (weights_of(side.model) - start for side in contestants)
+            rows[-1]["difference_of_the_steps_over_their_size"] = float((moved - expected).norm() / expected.norm())
     return {"sides": [first.name, second.name], "at_the_same_weights": rows}
 
 
