@@ -226,15 +226,14 @@ def find_nvcc() -> Nvcc | None:
     return Nvcc(real.resolve() if real.is_file() else path.resolve(), (int(version[1]), int(version[2])))
 
 
-def pypi_compiler(torch_cuda: str | None) -> list[str]:
-    """NVIDIA's compiler packages for torch's CUDA version; they exist for CUDA 13 only.
+def pypi_compiler(torch_cuda: str | None) -> str:
+    """NVIDIA's compiler for torch's CUDA version, as a requirement; PyPI has one for CUDA 13 only.
 
-    None: torch is not installed yet. Its own requirements then decide the version of the shared packages.
+    By the package that pins the parts of one toolkit: they number themselves differently, and compiler and headers of two
+    releases do not fit. None: torch is not installed yet, and the toolkit that it pins itself decides.
     """
-    names = ["nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime"]
-    version = f"=={torch_cuda}.*" if torch_cuda else ">=13,<14"
     check_arch_list(CUDA_13_ARCHS)
-    return [name + version for name in names]
+    return "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]" + (f"=={torch_cuda}.*" if torch_cuda else ">=13,<14")
 
 
 def check_supported(nvcc: Nvcc) -> None:
@@ -389,7 +388,7 @@ def missing_requirements() -> list[str]:
             return [TORCH_REQUIREMENT]
         nvcc = find_nvcc()
         if nvcc is None:
-            return [TORCH_REQUIREMENT, *pypi_compiler(None)]
+            return [TORCH_REQUIREMENT, pypi_compiler(None)]
         check_nvcc_before_torch(nvcc, wanted)
         return [TORCH_REQUIREMENT]
     if not decide_cuda(torch)[0]:
@@ -401,7 +400,7 @@ def missing_requirements() -> list[str]:
         return []
     if torch.cuda is None or not torch.cuda.startswith("13."):
         raise no_compiler_error(torch)
-    return pypi_compiler(torch.cuda)
+    return [pypi_compiler(torch.cuda)]
 
 
 def make_plan() -> Plan:
