@@ -229,8 +229,8 @@ def find_nvcc() -> Nvcc | None:
 def pypi_compiler(torch_cuda: str | None) -> str:
     """NVIDIA's compiler for torch's CUDA version, as a requirement; PyPI has one for CUDA 13 only.
 
-    By the package that pins the parts of one toolkit: they number themselves differently, and compiler and headers of two
-    releases do not fit. None: torch is not installed yet, and the toolkit that it pins itself decides.
+    By the package that pins the parts of one toolkit: they number themselves differently, and compiler and headers of
+    two releases do not fit. None: torch is not installed yet, and the toolkit that it pins itself decides.
     """
     check_arch_list(CUDA_13_ARCHS)
     return "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]" + (f"=={torch_cuda}.*" if torch_cuda else ">=13,<14")

@@ -94,7 +94,7 @@ def test_missing_torch_is_added_to_the_build_environment(tmp_path, programs):
 
 
 def test_missing_torch_and_nvcc_are_added_together(tmp_path, programs):
-    """The torch that pip brings is one for CUDA 13, and requires cuda-toolkit in one version: the compiler is of it, too."""
+    """The torch that pip brings is one for CUDA 13 and pins cuda-toolkit, which then is the compiler's too."""
     result = ask(tmp_path, programs)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "['torch>=2.10', 'cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]>=13,<14']"
