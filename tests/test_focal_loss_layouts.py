@@ -223,7 +223,7 @@ def assert_right(results, inputs, targets, grad, **options):
     sizes = loss.detach(), gradient_size(leaf.detach(), wide_targets, **wide) * upstream
     info = torch.finfo(inputs.dtype)
     ignored = (targets == -2).unsqueeze(-1).expand(x.shape) if indices else torch.zeros_like(x, dtype=torch.bool)
-    bound = 1e-12 if inputs.dtype == torch.float64 else 2e-5 + 1e-5 * options["gamma"]
+    bound = 1e-12 if inputs.dtype == torch.float64 else 2e-5
     for result, expected, size in zip(results, (loss.detach(), gradient), sizes, strict=True):
         off = (result.double() - expected).abs()
         rounding = info.eps / 2 * expected.abs() if info.bits < 32 else 0
