@@ -397,7 +397,8 @@ def test_two_machines_write_one_run(data, tmp_path):
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     (said, _), (said_by_second, _) = outputs
     assert said.count("2 processes, float32, 1 epochs of 2 steps of 3 images") == 1
-    assert said_by_second == ""
+    own = [line for line in said_by_second.splitlines() if not line.startswith("[Gloo]")]  # as torch 2.10's gloo does
+    assert own == []
     assert {path.name for path in folders[0].iterdir()} == {"run"}
     assert not list(folders[1].iterdir())
     assert [row["step"] for row in rows(folders[0] / "run" / "steps.csv")] == ["1", "2"]
