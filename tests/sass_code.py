@@ -65,6 +65,10 @@ class Instruction:
         return int(found[1], 16) if found else None
 
 
+# Kernels that headers of NVIDIA's put into every library: names in cub and thrust.
+OTHER_LIBRARIES = ("_ZN3cub", "_ZN6thrust")
+
+
 @dataclass
 class Kernel:
     name: str  # readable, see readable_name
@@ -150,7 +154,7 @@ def read_sass(text: str) -> dict[str, list[Instruction]]:
 
 
 def read_library(library: Path) -> list[Kernel]:
-    """Every kernel of every architecture in a shared library, by name."""
+    """Every kernel of ours of every architecture in a shared library, by name."""
     kernels = []
     with tempfile.TemporaryDirectory() as folder:
         cuobjdump("--extract-elf", "all", str(library.resolve()), folder=folder)
@@ -160,6 +164,8 @@ def read_library(library: Path) -> list[Kernel]:
             usage = RESOURCES.findall(cuobjdump("--dump-resource-usage", str(cubin)))
             code = read_sass(cuobjdump("--dump-sass", str(cubin))) if usage and architecture == ARCHITECTURE else {}
             for mangled, registers, stack, shared, local in usage:
+                if mangled.startswith(OTHER_LIBRARIES):
+                    continue
                 kernels.append(
                     Kernel(
                         name=readable_name(mangled),

@@ -293,10 +293,21 @@ def budgets():
 
 
 @pytest.fixture(scope="module")
-def hopper_kernels(kernels):
-    found = [kernel for kernel in kernels if kernel.architecture == sass_code.ARCHITECTURE]
+def measured_kernels(kernels, budgets):
+    """Of the nvcc release that the budgets were measured with: another allocates other registers, and the build of
+    whoever has it is none the worse for that."""
+    compilers = {kernel.compiler for kernel in kernels}
+    measured = {budget.recorded["compiler"] for budget in budgets if budget.recorded}
+    if compilers != measured:
+        pytest.skip(f"budgets were measured with nvcc {', '.join(measured)}; the library is of {', '.join(compilers)}")
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def hopper_kernels(measured_kernels):
+    found = [kernel for kernel in measured_kernels if kernel.architecture == sass_code.ARCHITECTURE]
     if not found:
-        architectures = ", ".join(sorted({kernel.architecture for kernel in kernels}))
+        architectures = ", ".join(sorted({kernel.architecture for kernel in measured_kernels}))
         pytest.skip(f"the budgets are for {sass_code.ARCHITECTURE}, and the library was built for {architectures}")
     return found
 
@@ -310,8 +321,10 @@ def test_every_kernel_has_a_budget(kernels, budgets):
     report(sass.coverage_failures(kernels, budgets))
 
 
-def test_registers_and_spills(kernels, budgets):
-    report(one for kernel in kernels for one in sass.resource_failures(kernel, sass.limits_of(kernel, budgets)))
+def test_registers_and_spills(measured_kernels, budgets):
+    report(
+        one for kernel in measured_kernels for one in sass.resource_failures(kernel, sass.limits_of(kernel, budgets))
+    )
 
 
 def test_fast_paths(hopper_kernels, budgets):
@@ -320,10 +333,6 @@ def test_fast_paths(hopper_kernels, budgets):
 
 def test_recorded_counts(hopper_kernels, budgets):
     report(f"{one.path.name} has no record: python tests/sass.py --write-budget" for one in budgets if not one.recorded)
-    compilers = {kernel.compiler for kernel in hopper_kernels}
-    recorded = {budget.recorded["compiler"] for budget in budgets}
-    if compilers != recorded:
-        pytest.skip(f"counts were recorded with nvcc {', '.join(recorded)}; the library is of {', '.join(compilers)}")
     report(
         f"{one}; `python tests/sass.py --write-budget` records what is meant"
         for budget in budgets
