@@ -18,7 +18,7 @@ Each csrc/*/*_sass.json has
               bits) and an element of the fast path. A count that differs by more than ``RECORDED_TOLERANCE``, up or
               down, is to be looked at and recorded anew.
 
-Registers and stack hold for every architecture in the library, the rest for sm_90.
+All of it holds for sm_90; the table shows every architecture of the library.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def coverage_failures(kernels: list[Kernel], budgets: list[Budget]) -> list[str]
 
 
 def resource_failures(kernel: Kernel, limits: dict) -> list[str]:
-    """Registers, stack, local memory: of any architecture."""
+    """Registers, stack, local memory."""
     who = f"{kernel.name}, {kernel.architecture}"
     registers, stack = limits.get("registers", 0), limits.get("stack", 0)
     failures = []
