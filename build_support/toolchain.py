@@ -23,10 +23,11 @@ TORCH_REQUIREMENT = "torch>=2.10"
 SUPPORTED_CUDA_MAJORS = (12, 13)
 # The CUDA major of the torch that PyPI has for Linux, which pip brings where there is none.
 CUDA_MAJOR_OF_PYPI = 13
-# By these pip and uv are told to look for packages elsewhere.
+# By these pip and uv are told to look for packages elsewhere, or to take another torch.
 OTHER_PLACES_OF_PACKAGES = (
-    *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"),
+    *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CONSTRAINT", "PIP_CONFIG_FILE"),
     *("UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_NO_INDEX"),
+    *("UV_CONSTRAINT", "UV_BUILD_CONSTRAINT", "UV_CONFIG_FILE", "UV_TORCH_BACKEND"),
 )
 # What CUDA 13 compiles for: the answer before its compiler has been downloaded, which then is asked itself.
 CUDA_13_ARCHS = ["75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121"]
@@ -255,13 +256,18 @@ def check_nvcc(nvcc: Nvcc, torch: Torch) -> None:
         )
 
 
+def other_places() -> str:
+    """What pip and uv were told in the environment of where packages come from; empty where it is PyPI alone."""
+    return " ".join(filter(None, (os.environ.get(name) for name in OTHER_PLACES_OF_PACKAGES)))
+
+
 def check_nvcc_before_torch(nvcc: Nvcc, wanted: str) -> None:
     """What can be said of nvcc while torch is not there yet: ahead of pip's download of gigabytes, not behind it.
 
     Where pip looks elsewhere than on PyPI the torch that comes may be for another CUDA, or for none, and it has to come
-    first. (Of an index on pip's command line a build learns nothing.)
+    first. (Of pip's command line and its configuration files a build learns nothing.)
     """
-    elsewhere = any(os.environ.get(name) for name in OTHER_PLACES_OF_PACKAGES)
+    elsewhere = other_places()
     if elsewhere and wanted != "1":
         return
     check_supported(nvcc)
@@ -269,8 +275,8 @@ def check_nvcc_before_torch(nvcc: Nvcc, wanted: str) -> None:
     major = CUDA_MAJOR_OF_PYPI
     if not elsewhere and nvcc.version[0] != major:
         raise BuildError(
-            f"there is no torch here, the one that pip brings is for CUDA {major}, and nvcc is of CUDA {nvcc.release} "
-            f"({nvcc.path}); the majors must be equal.\n"
+            f"there is no torch here, the newest, which pip would bring, is for CUDA {major}, and nvcc is of CUDA "
+            f"{nvcc.release} ({nvcc.path}); the majors must be equal.\n"
             f"Mend it with a torch for CUDA {nvcc.version[0]} first (https://pytorch.org/get-started/locally), "
             f"or with:  {install_with(CUDA_HOME=f'/path/to/cuda-{major}')}   or:  {CUDA_OFF_HINT}"
         )
@@ -387,6 +393,9 @@ def missing_requirements() -> list[str]:
         if wanted == "0":
             return [TORCH_REQUIREMENT]
         nvcc = find_nvcc()
+        # A torch for CUDA 12 comes from such an index: NVIDIA's compiler for CUDA 13 would drive pip to another one.
+        if nvcc is None and re.search(r"cu12\d", other_places()):
+            return [TORCH_REQUIREMENT]
         if nvcc is None:
             return [TORCH_REQUIREMENT, pypi_compiler(None)]
         check_nvcc_before_torch(nvcc, wanted)

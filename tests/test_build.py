@@ -105,7 +105,11 @@ def test_missing_torch_and_nvcc_are_added_together(tmp_path, programs):
 @pytest.mark.parametrize(
     ("release", "environment", "words"),
     [
-        ("12.4", {}, "there is no torch here, the one that pip brings is for CUDA 13, and nvcc is of CUDA 12.4"),
+        (
+            "12.4",
+            {},
+            "there is no torch here, the newest, which pip would bring, is for CUDA 13, and nvcc is of CUDA 12.4",
+        ),
         ("11.8", {}, "nvcc 11.8"),
         ("11.8", {"RETINANET_EXT_CUDA": "1", "PIP_INDEX_URL": "https://example.org"}, "nvcc 11.8"),
         ("13.0", {"TORCH_CUDA_ARCH_LIST": "1.0"}, "TORCH_CUDA_ARCH_LIST holds 1.0"),
@@ -124,6 +128,15 @@ def test_where_pip_looks_elsewhere_torch_may_be_for_any_cuda(tmp_path, programs,
     programs("nvcc", fake_nvcc("12.8"))
     result = ask(tmp_path, programs, **{elsewhere: "https://example.org/cu128"})
     assert result.stdout.strip() == "['torch>=2.10']", result.stderr
+
+
+def test_no_compiler_for_cuda_13_beside_a_torch_for_cuda_12(tmp_path, programs):
+    """pip would take another torch to build with than the one that it installs."""
+    for name in ("PIP_EXTRA_INDEX_URL", "UV_INDEX"):
+        result = ask(tmp_path, programs, **{name: "https://download.pytorch.org/whl/cu128"})
+        assert result.stdout.strip() == "['torch>=2.10']", result.stderr
+    mirror = ask(tmp_path, programs, PIP_INDEX_URL="https://example.org/simple")
+    assert "cuda-toolkit" in mirror.stdout
 
 
 def test_cuda_torch_without_nvcc_takes_the_compiler_of_its_own_version(site_packages, programs):

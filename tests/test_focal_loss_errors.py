@@ -271,6 +271,10 @@ def test_nested_tensors():
     nested = torch.nested.nested_tensor([torch.zeros(2, 4), torch.zeros(3, 4)], layout=torch.jagged)
     with pytest.raises(ValueError, match="inputs must be a dense tensor, and is nested"):
         sigmoid_focal_loss(nested, nested)
+    for name in ("weight", "alpha"):
+        by_class = torch.nested.nested_tensor([torch.ones(2), torch.ones(2)])
+        with pytest.raises(ValueError, match=f"{name} must be a dense tensor, and is nested"):
+            sigmoid_focal_loss(X, T, **{name: by_class})
 
 
 @pytest.mark.parametrize("name", ["weight", "alpha"])

@@ -310,10 +310,11 @@ def _check(inputs, targets, alpha, gamma, reduction, weight, label_smoothing, ig
 def _check_per_class(name: str, values: Tensor, inputs: Tensor) -> None:
     op = "sigmoid_focal_loss"
     num_classes = inputs.shape[-1] if inputs.dim() else 1
+    if isinstance(values, Tensor):
+        check_real(op, name, values)
     if not isinstance(values, Tensor) or tuple(values.shape) != (num_classes,):
         came = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{op}: {name} must be a tensor of shape ({num_classes},), one value a class, and is {came}")
-    check_real(op, name, values)
     if values.device != inputs.device:
         raise ValueError(f"{op}: {name} must be on the device of inputs, {inputs.device}, and is on {values.device}")
 
